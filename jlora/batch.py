@@ -1,0 +1,125 @@
+"""The device's view of one step: `Batch`, and how it travels as a single int32 array.
+
+Tokens are flat. The first `decode` tokens are decode rows (one token of one sequence each); the
+rest are prefill blocks of `block` tokens, each block of one sequence, its tail padded. Rows of one
+adapter are contiguous in either region. Invariant: a padding token has position -1, writes its
+K/V to the trash page 0 and belongs to no adapter; a padding row uses the trash slot.
+"""
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+from kernels_pallas.lora_matmul import Segments
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """Static sizes of a step. Every distinct one is a compiled program."""
+
+    decode: int
+    """Decode rows."""
+    prefill: int
+    """Prefill tokens, a multiple of `block`."""
+    rank_pages: int
+    """Rank pages active in the step; 0: the variant without LoRA."""
+    block: int
+    """Prefill tokens in a block."""
+    table: int
+    """Entries of a sequence's page table: max_model_len / page_size."""
+
+    @property
+    def tokens(self) -> int:
+        """T: token rows of the step."""
+        return self.decode + self.prefill
+
+    @property
+    def blocks(self) -> int:
+        """Prefill blocks."""
+        return self.prefill // self.block
+
+    @property
+    def rows(self) -> int:
+        """B: rows that may sample, one per decode row and one per prefill block."""
+        return self.decode + self.blocks
+
+    def sizes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of each array of a `Batch`, in the order in which they are packed."""
+        return {
+            "tokens": (self.tokens,),
+            "positions": (self.tokens,),
+            "slots": (self.rows,),
+            "last": (self.rows,),
+            "samples": (self.rows,),
+            "tables": (self.rows, self.table),
+            "adapter": (self.tokens if self.rank_pages else 0,),
+            "pages": (self.rank_pages,),
+            "owner": (self.rank_pages,),
+        }
+
+    @property
+    def words(self) -> int:
+        """Length of the packed array."""
+        return sum(int(np.prod(size)) for size in self.sizes().values())
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """All that a step needs to know about its rows. Row r < decode is token r; row decode + j is
+    prefill block j, tokens decode + j·block and on."""
+
+    tokens: Int[Array, "T"]
+    """Input ids; -1: the token that the row's slot sampled in the step before."""
+    positions: Int[Array, "T"]
+    """Position of each token in its sequence; -1: padding."""
+    slots: Int[Array, "B"]
+    """Sequence slot of each row (device state of sampling); padding rows use the trash slot."""
+    last: Int[Array, "B"]
+    """Index into T of the token whose logits row b samples from."""
+    samples: Int[Array, "B"]
+    """1 where the row's sampled token counts (a prefill block inside a prompt samples nothing)."""
+    tables: Int[Array, "B W"]
+    """KV page of each `page_size` positions of the row's sequence; unused entries are page 0."""
+    adapter: Int[Array, "T"]
+    """Batch-local adapter number of each token; -1: base. Empty without LoRA."""
+    pages: Int[Array, "Pa"]
+    """Rank pages active in this step, padded with page 0."""
+    owner: Int[Array, "Pa"]
+    """Batch-local adapter number of each active rank page; -1: padding."""
+
+    @property
+    def segments(self) -> Segments:
+        """The LoRA part, as the kernels take it."""
+        return Segments(pages=self.pages, owner=self.owner, adapter=self.adapter)
+
+
+def empty(shape: Shape, trash_slot: int) -> dict[str, np.ndarray]:
+    """A packed-to-be batch of padding only; the runner fills it in place."""
+    arrays = {name: np.zeros(size, np.int32) for name, size in shape.sizes().items()}
+    arrays["positions"][:] = -1
+    arrays["adapter"][:] = -1
+    arrays["owner"][:] = -1
+    arrays["slots"][:] = trash_slot
+    return arrays
+
+
+def pack(shape: Shape, arrays: dict[str, np.ndarray]) -> np.ndarray:
+    """One int32 array: a step makes one host-to-device transfer."""
+    return np.concatenate([arrays[name].reshape(-1) for name in shape.sizes()])
+
+
+def unpack(shape: Shape, packed: Int[Array, "words"]) -> Batch:
+    """The inverse of `pack`, inside the compiled step."""
+    arrays: dict[str, Any] = {}
+    start = 0
+    for name, size in shape.sizes().items():
+        stop = start + int(np.prod(size))
+        arrays[name] = jnp.reshape(packed[start:stop], size)
+        start = stop
+    assert set(arrays) == {field.name for field in fields(Batch)}
+    return Batch(**arrays)

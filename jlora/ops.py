@@ -1,0 +1,102 @@
+"""The functions that the decoder is made of. Pure; local shapes under tensor parallelism."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jlora.batch import Batch
+from jlora.quant import Dense
+from jlora.sharding import AXIS
+from kernels_pallas.lora_matmul import RankPool, Segments, lora_delta
+from kernels_pallas.paged_attention import paged_attention
+from kernels_pallas.paged_attention.xla import write_kv
+
+KV = tuple[Float[Array, "P page K H"], Float[Array, "P page K H"]]
+"""One layer's keys and values."""
+
+
+def rms_norm(x: Float[Array, "... D"], weight: Float[Array, "D"], eps: float) -> Array:
+    """x / rms(x) · weight over the last axis, computed in float32."""
+    wide = x.astype(jnp.float32)
+    scale = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    return (wide * scale).astype(x.dtype) * weight
+
+
+def rope(
+    x: Float[Array, "T N H"], cos: Float[Array, "T half"], sin: Float[Array, "T half"]
+) -> Float[Array, "T N H"]:
+    """Rotary embedding in the half-split form of Hugging Face's Llama (Su et al. 2021)."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    cos, sin = cos[:, None, :], sin[:, None, :]
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x.dtype)
+
+
+def linear(
+    x: Float[Array, "T in"],
+    weight: Dense,
+    bias: Float[Array, "out"] | None,
+    pool: RankPool | None,
+    segments: Segments | None,
+    parts: tuple[int, ...],
+) -> Float[Array, "T out"]:
+    """x W + bias + every row's adapter delta; float32. A partial sum if x is sharded."""
+    y = weight.matmul(x)
+    if bias is not None:
+        y = y + bias
+    if pool is not None and segments is not None:
+        y = y + lora_delta(x, pool, segments, part_sizes=parts)
+    return y
+
+
+def all_reduce(x: Array, tp: int) -> Array:
+    """Sum over the devices of the mesh; nothing to do on one device."""
+    return jax.lax.psum(x, AXIS) if tp > 1 else x
+
+
+def embed(
+    table: Float[Array, "V D"], tokens: Int[Array, "T"], tp: int
+) -> Float[Array, "T D"]:
+    """Rows of a table that is sharded over the vocabulary."""
+    if tp == 1:
+        return table[tokens]
+    local = tokens - jax.lax.axis_index(AXIS) * table.shape[0]
+    mine = (local >= 0) & (local < table.shape[0])
+    return all_reduce(jnp.where(mine[:, None], table[jnp.where(mine, local, 0)], 0), tp)
+
+
+def attention(
+    q: Float[Array, "T N H"],
+    k: Float[Array, "T K H"],
+    v: Float[Array, "T K H"],
+    kv: KV,
+    batch: Batch,
+    *,
+    decode: int,
+    block: int,
+    window: int | None,
+) -> tuple[Float[Array, "T N H"], KV]:
+    """Stores the step's K/V in its pages, then attends over each row's whole context."""
+    at = kv_index(batch, kv[0].shape[1], decode, block)
+    keys, values = write_kv(kv[0], k, at), write_kv(kv[1], v, at)
+    out = paged_attention(
+        q,
+        keys,
+        values,
+        batch.tables,
+        batch.positions,
+        decode=decode,
+        block=block,
+        scale=q.shape[-1] ** -0.5,
+        window=window,
+    )
+    return out, (keys, values)
+
+
+def kv_index(batch: Batch, page: int, decode: int, block: int) -> Int[Array, "T"]:
+    """Flat position in the K/V pool of each token; padding goes to the trash page 0."""
+    token = jnp.arange(batch.positions.shape[0])
+    row = jnp.where(token < decode, token, decode + (token - decode) // block)
+    at = jnp.maximum(batch.positions, 0)
+    pages = batch.tables[row, at // page]
+    return jnp.where(batch.positions < 0, 0, pages * page + at % page)
