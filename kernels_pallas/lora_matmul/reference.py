@@ -1,0 +1,47 @@
+"""The obviously right LoRA matmul: one page and one part at a time, in float32. For tests."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from kernels_pallas.lora_matmul.types import PAGE, RankPool, Segments
+
+
+def lora_delta(
+    x: Float[Array, "T K"], pool: RankPool, segments: Segments, *, part_sizes: tuple[int, ...]
+) -> Float[Array, "T N"]:
+    """The LoRA part of the output, in float32."""
+    x32 = x.astype(jnp.float32)
+    delta = jnp.zeros((x.shape[0], sum(part_sizes)), jnp.float32)
+    for i in range(segments.pages.shape[0]):
+        a = pool.a[segments.pages[i]].astype(jnp.float32)  # [parts*16, K]
+        b = pool.b[segments.pages[i]].astype(jnp.float32)  # [16, N]
+        mine = (segments.adapter == segments.owner[i]) & (segments.adapter >= 0)  # [T]
+        start = 0
+        for j, size in enumerate(part_sizes):
+            u = jnp.dot(x32, a[PAGE * j : PAGE * (j + 1)].T, precision=lax.Precision.HIGHEST)
+            part = jnp.dot(u, b[:, start : start + size], precision=lax.Precision.HIGHEST)
+            part = jnp.where(mine[:, None], part, 0.0)
+            delta = delta.at[:, start : start + size].add(part)
+            start += size
+    return delta
+
+
+def base_matmul(x: Float[Array, "T K"], w: Float[Array, "K N"]) -> Float[Array, "T N"]:
+    """`x @ w` in float32."""
+    return jnp.dot(x.astype(jnp.float32), w.astype(jnp.float32), precision=lax.Precision.HIGHEST)
+
+
+def project(
+    x: jax.Array,
+    w: jax.Array,
+    pool: RankPool | None,
+    segments: Segments | None,
+    part_sizes: tuple[int, ...],
+) -> Float[Array, "T N"]:
+    """`x @ w` plus the delta, in float32."""
+    y = base_matmul(x, w)
+    if pool is not None and segments is not None:
+        y = y + lora_delta(x, pool, segments, part_sizes=part_sizes)
+    return y

@@ -1,0 +1,43 @@
+"""The two device pytrees of a LoRA matmul: rank pages in memory, and which rows use which pages.
+
+Both are built on the host. `Segments` is made once a step and shared by every layer and group.
+"""
+
+import dataclasses
+
+import jax
+from jaxtyping import Array, Float, Int
+
+PAGE = 16  # rank rows of one page; the depth of one tensor-core step
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RankPool:
+    """Rank pages of one layer and one projection group. Page 0 is all zeros: padding points at it."""
+
+    a: Float[Array, "P parts*16 K"]
+    """Rows `16*j:16*(j+1)` of a page shrink for part j."""
+
+    b: Float[Array, "P 16 N"]
+    """Columns of part j expand part j's 16 values. Scaling (alpha/r ...) is folded in."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Segments:
+    """Which rank pages are active in a step, whose they are, and which adapter each row uses.
+
+    Rows of one adapter are contiguous within each of two regions (decode rows, then prefill
+    rows), in adapter order within a region; pages are in adapter order. A backend may use that
+    order for speed: results do not depend on it.
+    """
+
+    pages: Int[Array, " Pa"]
+    """Pool pages active in this step; padding is 0, the all-zero page."""
+
+    owner: Int[Array, " Pa"]
+    """The batch-local adapter number of each page; -1 for padding."""
+
+    adapter: Int[Array, " T"]
+    """The batch-local adapter number of each row; -1 for a base row."""
