@@ -5,9 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jlora.batch import Batch
-from jlora.quant import Dense
 from jlora.sharding import AXIS
-from kernels_pallas.lora_matmul import RankPool, Segments, lora_delta
 from kernels_pallas.paged_attention import paged_attention
 from kernels_pallas.paged_attention.xla import write_kv
 
@@ -32,31 +30,12 @@ def rope(
     return turned.astype(x.dtype)
 
 
-def linear(
-    x: Float[Array, "T in"],
-    weight: Dense,
-    bias: Float[Array, "out"] | None,
-    pool: RankPool | None,
-    segments: Segments | None,
-    parts: tuple[int, ...],
-) -> Float[Array, "T out"]:
-    """x W + bias + every row's adapter delta; float32. A partial sum if x is sharded."""
-    y = weight.matmul(x)
-    if bias is not None:
-        y = y + bias
-    if pool is not None and segments is not None:
-        y = y + lora_delta(x, pool, segments, part_sizes=parts)
-    return y
-
-
 def all_reduce(x: Array, tp: int) -> Array:
     """Sum over the devices of the mesh; nothing to do on one device."""
     return jax.lax.psum(x, AXIS) if tp > 1 else x
 
 
-def embed(
-    table: Float[Array, "V D"], tokens: Int[Array, "T"], tp: int
-) -> Float[Array, "T D"]:
+def embed(table: Float[Array, "V D"], tokens: Int[Array, "T"], tp: int) -> Float[Array, "T D"]:
     """Rows of a table that is sharded over the vocabulary."""
     if tp == 1:
         return table[tokens]

@@ -106,5 +106,3 @@ def write_kv(
     """`pool` with row t stored at flat position at[t] (page · page_size + offset)."""
     flat = pool.reshape(-1, *pool.shape[2:])
     return flat.at[at].set(rows.astype(pool.dtype)).reshape(pool.shape)
-
-
