@@ -11,14 +11,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from kernels_pallas.lora_matmul import reference, xla
-from kernels_pallas.lora_matmul.types import PAGE, RankPool, Segments
+from kernels_pallas.lora_matmul.types import PAGE, ActivePages, RankPool, Segments
 
 IMPLEMENTATIONS: dict[str, ModuleType] = {"reference": reference, "xla": xla}
 
 
 def lora_delta(
     x: Float[Array, "T K"],
-    pool: RankPool,
+    pool: RankPool | ActivePages,
     segments: Segments,
     *,
     part_sizes: tuple[int, ...],
@@ -34,7 +34,7 @@ def lora_delta(
 def lora_matmul(
     x: Float[Array, "T K"],
     w: Float[Array, "K N"],
-    pool: RankPool | None = None,
+    pool: RankPool | ActivePages | None = None,
     segments: Segments | None = None,
     *,
     part_sizes: tuple[int, ...],
@@ -67,14 +67,20 @@ def _module(implementation: str | None) -> ModuleType:
     return IMPLEMENTATIONS[name]
 
 
-def _check(x: jax.Array, pool: RankPool, segments: Segments, part_sizes: tuple[int, ...]) -> None:
-    want_a = (len(part_sizes) * PAGE, x.shape[1])
-    want_b = (PAGE, sum(part_sizes))
-    if pool.a.shape[1:] != want_a or pool.b.shape[1:] != want_b:
-        raise ValueError(
-            f"pool pages have shapes a {pool.a.shape[1:]}, b {pool.b.shape[1:]}, expected "
-            f"(parts*16, K) = {want_a} and (16, N) = {want_b} for part_sizes {part_sizes}"
-        )
+def _check(
+    x: jax.Array,
+    pool: RankPool | ActivePages,
+    segments: Segments,
+    part_sizes: tuple[int, ...],
+) -> None:
+    if isinstance(pool, RankPool):
+        want_a = (len(part_sizes) * PAGE, x.shape[1])
+        want_b = (PAGE, sum(part_sizes))
+        if pool.a.shape[1:] != want_a or pool.b.shape[1:] != want_b:
+            raise ValueError(
+                f"pool pages have shapes a {pool.a.shape[1:]}, b {pool.b.shape[1:]}, expected "
+                f"(parts*16, K) = {want_a} and (16, N) = {want_b} for part_sizes {part_sizes}"
+            )
     if segments.adapter.shape != x.shape[:1] or segments.pages.shape != segments.owner.shape:
         raise ValueError(
             f"segments have adapter {segments.adapter.shape}, pages {segments.pages.shape}, owner "

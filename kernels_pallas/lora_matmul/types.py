@@ -25,6 +25,15 @@ class RankPool:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ActivePages:
+    """A copy of the pages that a step uses, laid out for plain dots (see `xla.active_pages`)."""
+
+    a: Float[Array, "parts Pa*16 K"]
+    b: tuple[Float[Array, "Pa*16 part"], ...]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Segments:
     """Which rank pages are active in a step, whose they are, and which adapter each row uses.
 

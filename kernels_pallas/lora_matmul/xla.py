@@ -8,29 +8,45 @@ the active pages are few beside the width of the weight.
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
-from kernels_pallas.lora_matmul.types import PAGE, RankPool, Segments
+from kernels_pallas.lora_matmul.types import PAGE, ActivePages, RankPool, Segments
+
+
+def active_pages(
+    pool: RankPool, pages: Int[Array, " Pa"], *, part_sizes: tuple[int, ...]
+) -> ActivePages:
+    """Copy the pages of a step out of the pool.
+
+    On a CPU the copy costs as much as the dots that read it, and the pages of a batch rarely
+    change from one step to the next: an engine may call this when they do, and pass the result
+    to `lora_delta` in the pool's place.
+    """
+    parts, width = len(part_sizes), pool.a.shape[-1]
+    a = pool.a[pages].reshape(-1, parts, PAGE, width).swapaxes(0, 1)
+    ends = [sum(part_sizes[: j + 1]) for j in range(parts)]
+    b = jnp.split(pool.b[pages], ends[:-1], axis=2)
+    return ActivePages(
+        a=a.reshape(parts, -1, width), b=tuple(p.reshape(-1, p.shape[-1]) for p in b)
+    )
 
 
 def lora_delta(
-    x: Float[Array, "T K"], pool: RankPool, segments: Segments, *, part_sizes: tuple[int, ...]
+    x: Float[Array, "T K"],
+    pool: RankPool | ActivePages,
+    segments: Segments,
+    *,
+    part_sizes: tuple[int, ...],
 ) -> Float[Array, "T N"]:
     """The LoRA part of the output, in float32."""
-    rows, width = x.shape
-    parts = len(part_sizes)
-    a = pool.a[segments.pages].reshape(-1, parts, PAGE, width)  # [Pa, parts, 16, K]
-    b = pool.b[segments.pages]  # [Pa, 16, N]
-    own = (segments.adapter[:, None] == segments.owner) & (
-        segments.adapter[:, None] >= 0
-    )  # [T, Pa]
-    start, out = 0, []
-    u = _dot(x, a.reshape(-1, width), (1, 1)).reshape(rows, -1, parts, PAGE)
-    u = jnp.where(own[:, :, None, None], u, 0.0).astype(b.dtype)
-    for j, size in enumerate(part_sizes):
-        part = b[:, :, start : start + size].reshape(-1, size)
-        out.append(_dot(u[:, :, j].reshape(rows, -1), part, (1, 0)))
-        start += size
+    if isinstance(pool, RankPool):
+        pool = active_pages(pool, segments.pages, part_sizes=part_sizes)
+    rows, parts = x.shape[0], len(part_sizes)
+    own = (segments.adapter[:, None] == segments.owner) & (segments.adapter[:, None] >= 0)
+    own = jnp.repeat(own, PAGE, axis=1)[:, None]  # [T, 1, Pa*16]
+    u = _dot(x, pool.a.reshape(-1, x.shape[1]), (1, 1)).reshape(rows, parts, -1)
+    u = jnp.where(own, u, 0.0).astype(pool.a.dtype)
+    out = [_dot(u[:, j], b, (1, 0)) for j, b in enumerate(pool.b)]
     return jnp.concatenate(out, axis=1) if parts > 1 else out[0]
 
 
