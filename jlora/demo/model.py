@@ -74,12 +74,15 @@ def _convert(source: Path, folder: Path, progress: Progress | None) -> None:
     aside = folder.with_name(f".{NAME}.partial")
     shutil.rmtree(aside, ignore_errors=True)  # left by a conversion that was killed
     aside.mkdir()
-    with progress or _stderr_bar() as bar:
-        task = bar.add_task(f"converting {NAME}", total=None)
-        checkpoint = GgufCheckpoint(source)
-        bar.update(task, total=len(checkpoint.names()))
-        write_checkpoint(checkpoint, aside, on_tensor=lambda name: bar.advance(task))
-    aside.rename(folder)
+    try:
+        with progress or _stderr_bar() as bar:
+            task = bar.add_task(f"converting {NAME}", total=None)
+            checkpoint = GgufCheckpoint(source)
+            bar.update(task, total=len(checkpoint.names()))
+            write_checkpoint(checkpoint, aside, on_tensor=lambda name: bar.advance(task))
+        aside.rename(folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _stderr_bar() -> Progress:
