@@ -1,0 +1,215 @@
+"""The engine's limits and the step shapes that are compiled from them.
+
+A step has some decode rows, some prefill tokens and some active rank pages; it is padded to the
+smallest compiled shape that holds it, so the lists here trade compile time against padding.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+from jlora.engine.params import SamplingParams
+from jlora.errors import ParameterError
+
+RANK_PAGE = 16
+"""Rank rows of one rank page (see jlora/README.md)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """What one engine may hold and compute at once. A wrong value is a `ParameterError`."""
+
+    max_model_len: int
+    """Tokens of a sequence at most, prompt and output together."""
+    max_num_seqs: int = 32
+    """Running sequences at most: slots of device state, and decode rows of a step."""
+    max_num_batched_tokens: int = 256
+    """Prefill tokens of a step at most, padding to `prefill_block` included."""
+    page_size: int = 16
+    """Tokens of a KV page."""
+    num_pages: int | None = None
+    """KV pages, the trash page 0 included; None: whoever builds the engine measures the memory."""
+    max_loras: int = 8
+    """Different adapters in one step at most; the base model does not count."""
+    prefill_block: int = 16
+    """Each prefill chunk is padded to a multiple of this many tokens."""
+    enable_prefix_caching: bool = True
+    """Keep the KV pages of finished prompts and reuse them for equal prefixes."""
+    max_logprobs: int = 20
+    """Likeliest tokens that a request may ask for at each position."""
+    max_adapter_wait: float = 0.5
+    """Seconds that a request waits for room for its adapter before room is made (see Scheduler)."""
+    seed: int = 0
+    """Seeds the draws of requests that bring no seed of their own."""
+    decode_buckets: tuple[int, ...] = ()
+    """Decode rows of the steps without prefill; empty: 1, 8, 32 and doublings up to the maximum."""
+    prefill_buckets: tuple[tuple[int, int], ...] = ()
+    """(decode rows, prefill tokens) of the steps with prefill; empty: about (8, 64), and the maximum."""
+    rank_page_buckets: tuple[int, ...] = ()
+    """Active rank pages of the steps with LoRA (each shape also has a variant without); empty:
+    max_loras and 4 * max_loras. The largest one bounds an adapter's rank: 16 * pages."""
+
+    def __post_init__(self) -> None:
+        for name in [
+            "max_model_len",
+            "max_num_seqs",
+            "max_num_batched_tokens",
+            "page_size",
+            "max_loras",
+            "prefill_block",
+        ]:
+            _at_least(name, getattr(self, name), 1)
+        _at_least("max_logprobs", self.max_logprobs, 0)
+        if self.max_num_batched_tokens % self.prefill_block:
+            raise ParameterError(
+                f"max_num_batched_tokens must be a multiple of prefill_block={self.prefill_block}, "
+                f"got {self.max_num_batched_tokens}",
+                param="max_num_batched_tokens",
+            )
+        if not 0 <= self.max_adapter_wait < float("inf"):
+            raise ParameterError(
+                f"max_adapter_wait must be seconds of at least 0, got {self.max_adapter_wait}",
+                param="max_adapter_wait",
+            )
+        if self.num_pages is not None:
+            self.check_num_pages(self.num_pages)
+        self._fill_buckets()
+
+    @property
+    def max_rank_pages(self) -> int:
+        """Rank pages of all adapters of one step together."""
+        return max(self.rank_page_buckets)
+
+    @property
+    def max_rank(self) -> int:
+        """The largest adapter rank that a step can hold."""
+        return self.max_rank_pages * RANK_PAGE
+
+    def check_num_pages(self, num_pages: int) -> None:
+        """Raise unless one sequence of `max_model_len` tokens fits beside the trash page."""
+        least = -(-self.max_model_len // self.page_size) + 1
+        if num_pages < least:
+            raise ParameterError(
+                f"{num_pages} KV pages of {self.page_size} tokens can't hold one sequence of "
+                f"max_model_len={self.max_model_len}; {least} are needed: lower --max-model-len",
+                param="max_model_len",
+            )
+
+    def check_request(self, prompt_tokens: int, params: SamplingParams) -> None:
+        """Raise a `ParameterError` for a request that this engine can never serve."""
+        if prompt_tokens < 1:
+            raise ParameterError(
+                "the prompt must hold at least one token, got none", param="prompt"
+            )
+        room = self.max_model_len - (0 if params.scores_only else 1)
+        if prompt_tokens > room:
+            raise ParameterError(
+                f"the prompt may hold {room} tokens at most (this server's context is "
+                f"{self.max_model_len}), got {prompt_tokens}",
+                param="prompt",
+            )
+        for name in ("logprobs", "prompt_logprobs"):
+            wanted = getattr(params, name)
+            if wanted is not None and wanted > self.max_logprobs:
+                raise ParameterError(
+                    f"{name} must be at most {self.max_logprobs} on this server, got {wanted}",
+                    param=name,
+                )
+
+    def _fill_buckets(self) -> None:
+        """Put the defaults in, sort, and see that the largest possible step fits one."""
+        rows, tokens = self.max_num_seqs, self.max_num_batched_tokens
+        decode = self.decode_buckets or _default_decode(rows)
+        prefill = self.prefill_buckets or self._default_prefill()
+        ranks = self.rank_page_buckets or (self.max_loras, 4 * self.max_loras)
+        for name, value in (
+            ("decode_buckets", tuple(sorted(set(decode)))),
+            ("prefill_buckets", tuple(sorted({(rows, tokens) for rows, tokens in prefill}))),
+            ("rank_page_buckets", tuple(sorted(set(ranks)))),
+        ):
+            object.__setattr__(self, name, value)
+        if self.decode_buckets[-1] != rows or self.decode_buckets[0] < 1:
+            raise ParameterError(
+                f"decode_buckets must be positive and end with max_num_seqs={rows}, "
+                f"got {self.decode_buckets}",
+                param="decode_buckets",
+            )
+        if (rows, tokens) not in self.prefill_buckets or any(
+            d < 0 or d > rows or t < 1 or t > tokens or t % self.prefill_block
+            for d, t in self.prefill_buckets
+        ):
+            raise ParameterError(
+                f"prefill_buckets must hold ({rows}, {tokens}) as the largest pair and multiples "
+                f"of prefill_block={self.prefill_block}, got {self.prefill_buckets}",
+                param="prefill_buckets",
+            )
+        if self.rank_page_buckets[0] < 1:
+            raise ParameterError(
+                f"rank_page_buckets must be positive, got {self.rank_page_buckets}",
+                param="rank_page_buckets",
+            )
+
+    def _default_prefill(self) -> tuple[tuple[int, int], ...]:
+        rows, tokens, block = self.max_num_seqs, self.max_num_batched_tokens, self.prefill_block
+        return ((min(8, rows), min(max(64 // block, 1) * block, tokens)), (rows, tokens))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """Sizes of a step to compile."""
+
+    decode: int
+    """Decode rows."""
+    prefill: int
+    """Prefill tokens."""
+    rank_pages: int
+    """Active rank pages; 0 is the variant without LoRA."""
+
+
+class _Sized(Protocol):
+    @property
+    def decode(self) -> int: ...
+    @property
+    def prefill(self) -> int: ...
+    @property
+    def rank_pages(self) -> int: ...
+
+
+S = TypeVar("S", bound=_Sized)
+
+
+def buckets(config: EngineConfig) -> list[Shape]:
+    """Every shape to compile: each bucket of rows and tokens, without and with LoRA."""
+    sizes = [(rows, 0) for rows in config.decode_buckets] + list(config.prefill_buckets)
+    return [
+        Shape(decode=rows, prefill=tokens, rank_pages=pages)
+        for rows, tokens in sizes
+        for pages in (0, *config.rank_page_buckets)
+    ]
+
+
+def pick(shapes: Iterable[S], n_decode: int, n_prefill_tokens_padded: int, n_pages: int) -> S:
+    """The smallest shape that holds the step: fewest token rows, then fewest rank pages."""
+    fitting = [
+        shape
+        for shape in shapes
+        if shape.decode >= n_decode
+        and shape.prefill >= n_prefill_tokens_padded
+        and shape.rank_pages >= n_pages
+    ]
+    assert fitting, f"no compiled shape holds {n_decode=} {n_prefill_tokens_padded=} {n_pages=}"
+    return min(fitting, key=lambda s: (s.decode + s.prefill, s.rank_pages, s.prefill))
+
+
+def _default_decode(rows: int) -> tuple[int, ...]:
+    sizes = [1, 8, 32]
+    while sizes[-1] * 2 < rows:
+        sizes.append(sizes[-1] * 2)
+    return (*(size for size in sizes if size < rows), rows)
+
+
+def _at_least(name: str, value: object, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ParameterError(
+            f"{name} must be an integer of at least {least}, got {value!r}", param=name
+        )
