@@ -1,0 +1,48 @@
+"""Shared fixtures, and the environment that jax must find: four CPU devices, unless `-m gpu`."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import tiny
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Runs before any test module is imported, and so before jax is."""
+    flag = "--xla_force_host_platform_device_count"
+    if flag not in os.environ.get("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}=4".strip()
+    if config.getoption("markexpr", "") != "gpu":
+        os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """tiny_model(family, **options) -> folder of a tiny random checkpoint, made once a session."""
+    made: dict[str, Path] = {}
+
+    def make(family: str, **options: Any) -> Path:
+        key = f"{family} {sorted(options.items())}"
+        if key not in made:
+            made[key] = tiny.make_model(family, tmp_path_factory.mktemp("m") / family, **options)
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_adapter(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """tiny_adapter(model_folder, **options) -> folder of a PEFT adapter, made once a session."""
+    made: dict[str, Path] = {}
+
+    def make(model: Path, **options: Any) -> Path:
+        key = f"{model} {sorted(options.items())}"
+        if key not in made:
+            made[key] = tiny.make_adapter(model, tmp_path_factory.mktemp("a") / "lora", **options)
+        return made[key]
+
+    return make
