@@ -1,0 +1,378 @@
+"""The registry of adapters and their three tiers: folder on disk, host memory, rank pages.
+
+Thread-safe; no jax. Handlers load, unload and resolve; worker threads read; the engine's thread
+asks `host_ready` and `place` while it plans a step and never waits for a file. A host copy that a
+waiting request needs is not evicted before the request has its rank pages, so cold adapters that
+wait for each other cannot push each other out for ever.
+"""
+
+import itertools
+import logging
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Generic
+
+from jlora.adapters.adapter import Adapter
+from jlora.adapters.entry import AdapterEntry as AdapterEntry
+from jlora.adapters.entry import Drain as Drain
+from jlora.adapters.entry import Placement as Placement
+from jlora.adapters.entry import S, StoreCounters, check_name
+from jlora.adapters.entry import allowed_path as allowed_path
+from jlora.adapters.tiers import Record, Tiers
+from jlora.errors import AdapterError, AdapterNotFound, UnknownModelError
+
+log = logging.getLogger(__name__)
+
+
+class AdapterStore(Generic[S]):
+    """Adapters by name, and where each one is now."""
+
+    def __init__(
+        self,
+        *,
+        read: Callable[[str], Adapter],
+        stage: Callable[[Adapter], S],
+        num_pages: int,
+        max_cpu_loras: int | None = None,
+        host_bytes: int | None = None,
+        workers: int = 2,
+        reserved: Collection[str] = (),
+        page_bytes: int = 0,
+        on_change: Callable[[], None] | None = None,
+    ):
+        """`num_pages` rank pages of `page_bytes` bytes are there, ids 1 to `num_pages`;
+        `reserved` are the base model's names; `on_change` is called, on any thread, when an
+        adapter that was being read arrives or fails (the engine wakes up)."""
+        self._read, self._stage = read, stage
+        self.num_pages, self.page_bytes = num_pages, page_bytes
+        self._tiers: Tiers[S] = Tiers(num_pages, max_cpu_loras, host_bytes)
+        self.reserved = frozenset(reserved)
+        self.on_change = on_change
+        self._lock = threading.RLock()
+        self._names: dict[str, Record[S]] = {}
+        self._wanted: deque[Record[S]] = deque()  # reads that wait for host memory, in order
+        self._generations, self._ticks = itertools.count(1), itertools.count(1)
+        self._forgotten: list[str] = []
+        self._load_seconds: deque[float] = deque(maxlen=4096)
+        self._loads = self._failures = self._unloads = 0
+        self._hits = {"device": 0, "host": 0, "disk": 0}
+        self._workers = ThreadPoolExecutor(workers, thread_name_prefix="adapter-read")
+
+    # ---- names: any thread -------------------------------------------------------------------
+
+    def load(
+        self, name: str, path: str | os.PathLike, *, pinned: bool = False, replace: bool = False
+    ) -> AdapterEntry:
+        """Reads, checks and registers an adapter, in the caller's thread.
+
+        With `replace` a name may be taken: requests that run keep the old weights, new ones get
+        the new. Raises AdapterError or AdapterNotFound; then nothing has changed.
+        """
+        check_name(name, self.reserved)
+        with self._lock:
+            self._check_free(name, replace)
+        path = os.fspath(path)
+        try:
+            staged, seconds = self._fetch(path)
+        except AdapterNotFound as error:
+            raise AdapterNotFound(f"Loading lora {name} failed: {error}") from None
+        except (AdapterError, OSError) as error:
+            raise AdapterError(f"Loading lora {name} failed: {error}") from None
+        entry = AdapterEntry(
+            name=name,
+            path=path,
+            generation=next(self._generations),
+            uid=staged.uid,
+            rank=staged.rank,
+            modules=tuple(staged.modules),
+            pages=staged.pages,
+            nbytes=staged.nbytes,
+            pinned=pinned,
+            base_model=staged.base_model,
+            chat_template=staged.chat_template,
+            load_seconds=seconds,
+        )
+        record = Record(entry, used=next(self._ticks))
+        with self._lock:
+            self._check_free(name, replace)
+            old = self._names.get(name)
+            self._tiers.check_fits(record, (r for r in self._names.values() if r is not old))
+            if old is not None:
+                self._start_drain(old)
+            self._names[name] = self._tiers.records[entry] = record
+            if self._tiers.make_host_room(entry.nbytes):  # else it stays on disk until it is wanted
+                record.staged = staged
+            record.note()
+        log.info(
+            "adapter %s: rank %d, %s, %d bytes, %.2f s, from %s",
+            name, entry.rank, "+".join(entry.modules), entry.nbytes, seconds, path,
+        )  # fmt: skip
+        return entry
+
+    def unload(self, name: str) -> Drain:
+        """The name is gone at once. The Drain is done when no request uses the adapter any more
+        and its memory is freed."""
+        with self._lock:
+            record = self._names.get(name)
+            if record is None:
+                raise AdapterNotFound(f"The lora adapter '{name}' cannot be found.")
+            self._unloads += 1
+            return self._start_drain(record)
+
+    def resolve(self, model: str, base_names: Sequence[str]) -> AdapterEntry | None:
+        """The adapter that a request's `model` names; None: the base model.
+
+        An exact name comes first, then `base:adapter`. UnknownModelError lists what is there.
+        """
+        with self._lock:
+            if model in base_names:
+                return None
+            starts = [f"{base}:" for base in base_names if model.startswith(f"{base}:")]
+            for name in [model, *(model.removeprefix(start) for start in starts)]:
+                if name in self._names:
+                    return self._names[name].entry
+            there = ", ".join([*base_names, *self._names])
+        shown = model if len(model) <= 200 else f"{model[:200]}..."
+        raise UnknownModelError(f"The model `{shown}` does not exist. There are: {there}")
+
+    def adapters(self) -> list[dict[str, object]]:
+        """One dictionary per loaded adapter, in load order (GET /v1/adapters)."""
+        with self._lock:
+            return [record.entry.facts() for record in self._names.values()]
+
+    # ---- requests: any thread ----------------------------------------------------------------
+
+    def acquire(self, entry: AdapterEntry) -> None:
+        """A request holds `entry` from now on. UnknownModelError if it was unloaded meanwhile."""
+        with self._lock:
+            record = self._tiers.records.get(entry)
+            if record is None or record.drain is not None:
+                raise UnknownModelError(f"The model `{entry.name}` was unloaded.")
+            if entry.in_flight == 0:
+                entry.error = None  # an earlier failure is tried again
+            entry.in_flight += 1
+            self._hits[record.found] += 1
+            record.touch(next(self._ticks))
+
+    def release(self, entry: AdapterEntry) -> None:
+        """The end of an acquire."""
+        with self._lock:
+            record = self._tiers.records[entry]
+            assert entry.in_flight > 0, f"{entry.name} is released more often than acquired"
+            entry.in_flight -= 1
+            record.touch(next(self._ticks))
+            if entry.in_flight == 0 and record.drain is not None:
+                self._free_record(record)
+            self._start_reads()
+
+    # ---- planning: the engine's thread, never blocks -----------------------------------------
+
+    def prefetch(self, entry: AdapterEntry) -> None:
+        """Begins to read the adapter on a worker, if it is only on disk. Reads that find no host
+        memory wait in order; a failed one is not repeated while its requests are there."""
+        with self._lock:
+            record = self._tiers.records.get(entry)
+            if record is None or record.in_host or record.pages or entry.error is not None:
+                return
+            if not record.wanted:
+                record.wanted = True
+                self._wanted.append(record)
+                record.note()
+            self._start_reads()
+
+    def host_ready(self, entry: AdapterEntry) -> bool:
+        """Whether `place` can work on it now; if not, and there is no `entry.error`, reading has
+        begun. The engine's thread only: takes over content that changed on disk."""
+        with self._lock:
+            record = self._tiers.records.get(entry)
+            if record is None:
+                return False
+            self._take_over(record)
+            if record.staged is not None or record.pages:
+                return True
+            self.prefetch(entry)
+            return False
+
+    def place(self, entry: AdapterEntry, keep: Collection[AdapterEntry]) -> Placement[S] | None:
+        """Gives `entry` rank pages, evicting the least recently used adapters outside of `keep`.
+
+        `keep` must name all adapters of the steps being planned or not yet committed. None: it is
+        not in host memory, or there is no room now; then nothing was evicted.
+        """
+        with self._lock:
+            record = self._tiers.records.get(entry)
+            if record is None:
+                return None
+            record.touch(next(self._ticks))
+            if record.pages:
+                return Placement(entry=entry, staged=None, pages=())
+            self._take_over(record)
+            staged = record.staged
+            if staged is None or not self._tiers.make_device_room(staged.pages, {entry, *keep}):
+                return None
+            record.pages = [self._tiers.free.pop() for _ in range(staged.pages)]
+            record.note()
+            self._start_reads()  # its host copy may go now
+            return Placement(entry=entry, staged=staged, pages=tuple(record.pages))
+
+    def pages(self, entry: AdapterEntry) -> list[int]:
+        """Its rank pages on the device, in rank order; empty if it is not there."""
+        with self._lock:
+            record = self._tiers.records.get(entry)
+            return [] if record is None else list(record.pages)
+
+    def take_forgotten(self) -> list[str]:
+        """Uids that no adapter has any more, since the last call: their prefix pages are garbage."""
+        with self._lock:
+            live = {entry.uid for entry in self._tiers.records}
+            gone, self._forgotten = self._forgotten, []
+            return [uid for uid in dict.fromkeys(gone) if uid not in live]
+
+    # ---- metrics -----------------------------------------------------------------------------
+
+    def counters(self) -> StoreCounters:
+        """A snapshot of the totals."""
+        with self._lock:
+            return StoreCounters(
+                loads=self._loads,
+                load_failures=self._failures,
+                unloads=self._unloads,
+                hits=dict(self._hits),
+                evictions=dict(self._tiers.evictions),
+                host_bytes=sum(r.entry.nbytes for r in self._tiers.records.values() if r.in_host),
+                device_pages=self.num_pages - len(self._tiers.free),
+            )
+
+    def take_load_seconds(self) -> list[float]:
+        """Durations of the reads since the last call (at most the last 4096)."""
+        with self._lock:
+            seconds = list(self._load_seconds)
+            self._load_seconds.clear()
+            return seconds
+
+    def close(self) -> None:
+        """Stops the workers; reads that run are finished, others are dropped."""
+        self._workers.shutdown(wait=True, cancel_futures=True)
+
+    def check(self) -> None:
+        """Asserts the invariants; for tests."""
+        with self._lock:
+            self._tiers.check()
+            for entry, record in self._tiers.records.items():
+                assert record.drain is not None or self._names[entry.name] is record
+                assert record.wanted == (record in self._wanted)
+
+    # ---- inside: the lock is held ------------------------------------------------------------
+
+    def _check_free(self, name: str, replace: bool) -> None:
+        if name in self._names and not replace:
+            raise AdapterError(
+                f"The lora adapter '{name}' has already been loaded. If you want to load the "
+                "adapter in place, set 'load_inplace' to True."
+            )
+
+    def _start_drain(self, record: Record[S]) -> Drain:
+        del self._names[record.entry.name]
+        record.drain = Drain(record.entry)
+        drain = record.drain
+        if record.entry.in_flight == 0:
+            self._free_record(record)
+        return drain
+
+    def _free_record(self, record: Record[S]) -> None:
+        assert record.drain is not None
+        host = 0 if record.staged is None and record.changed is None else record.entry.nbytes
+        device = len(record.pages) * self.page_bytes
+        self._tiers.free.extend(record.pages)
+        record.staged, record.changed, record.pages = None, None, []
+        del self._tiers.records[record.entry]
+        if record.wanted:
+            record.wanted = False
+            self._wanted.remove(record)
+        record.note()
+        self._forgotten.append(record.entry.uid)
+        record.drain.finish(host, device)
+        self._start_reads()
+
+    def _start_reads(self) -> None:
+        """Hands waiting reads to the workers, first come first served, while memory lasts."""
+        while self._wanted and self._tiers.make_host_room(self._wanted[0].entry.nbytes):
+            record = self._wanted.popleft()
+            record.wanted, record.reading = False, True
+            record.note()
+            try:
+                self._workers.submit(self._read_in_background, record)
+            except RuntimeError:  # closed
+                record.reading = False
+                record.note()
+
+    def _take_over(self, record: Record[S]) -> None:
+        """Content that changed on disk becomes the entry's: a new uid and a new generation."""
+        staged, entry = record.changed, record.entry
+        if staged is None:
+            return
+        self._forgotten.append(entry.uid)
+        record.staged, record.changed = staged, None
+        entry.uid, entry.generation = staged.uid, next(self._generations)
+        entry.rank, entry.modules = staged.rank, tuple(staged.modules)
+        entry.pages, entry.base_model = staged.pages, staged.base_model
+        log.warning("adapter %s: its folder %s has new content", entry.name, entry.path)
+        record.note()
+
+    # ---- inside: the lock is not held --------------------------------------------------------
+
+    def _fetch(self, path: str) -> tuple[S, float]:
+        start = time.perf_counter()
+        try:
+            staged = self._stage(self._read(path))
+        except BaseException:
+            with self._lock:
+                self._failures += 1
+            raise
+        seconds = time.perf_counter() - start
+        with self._lock:
+            self._loads += 1
+            self._load_seconds.append(seconds)
+        return staged, seconds
+
+    def _read_in_background(self, record: Record[S]) -> None:
+        entry, staged, error = record.entry, None, None
+        try:
+            staged, entry.load_seconds = self._fetch(entry.path)
+        except Exception as caught:  # whatever is wrong with one adapter must not stop a worker
+            error = f"Loading lora {entry.name} failed: {caught}"
+            log.warning("%s", error, exc_info=not isinstance(caught, AdapterError))
+        with self._lock:
+            record.reading = False
+            if entry in self._tiers.records:
+                self._arrive(record, staged, error)
+            record.note()
+            self._start_reads()
+        if self.on_change is not None:
+            self.on_change()
+
+    def _arrive(self, record: Record[S], staged: S | None, error: str | None) -> None:
+        entry, known = record.entry, record.entry.nbytes
+        if staged is not None and staged.uid != entry.uid:
+            pages, entry.nbytes, entry.pages = entry.pages, staged.nbytes, staged.pages
+            try:
+                self._tiers.check_fits(record, self._names.values())
+                if staged.nbytes > known and not self._tiers.make_host_room(staged.nbytes):
+                    raise AdapterError(
+                        f"Loading lora {entry.name} failed: its new content needs {staged.nbytes} "
+                        f"bytes of host memory instead of {known}, which are not free now"
+                    )
+                record.changed = staged
+            except AdapterError as caught:
+                staged, error, entry.nbytes = None, str(caught), known
+            entry.pages = pages  # until the engine's thread takes the new content over
+        if error is not None:
+            entry.error = error
+        elif record.changed is None:
+            record.staged = staged
+        if staged is not None:
+            entry.chat_template = staged.chat_template
