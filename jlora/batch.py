@@ -14,57 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
+from jlora.shape import Shape
 from kernels_pallas.lora_matmul import Segments
-
-
-@dataclass(frozen=True, kw_only=True)
-class Shape:
-    """Static sizes of a step. Every distinct one is a compiled program."""
-
-    decode: int
-    """Decode rows."""
-    prefill: int
-    """Prefill tokens, a multiple of `block`."""
-    rank_pages: int
-    """Rank pages active in the step; 0: the variant without LoRA."""
-    block: int
-    """Prefill tokens in a block."""
-    table: int
-    """Entries of a sequence's page table: max_model_len / page_size."""
-
-    @property
-    def tokens(self) -> int:
-        """T: token rows of the step."""
-        return self.decode + self.prefill
-
-    @property
-    def blocks(self) -> int:
-        """Prefill blocks."""
-        return self.prefill // self.block
-
-    @property
-    def rows(self) -> int:
-        """B: rows that may sample, one per decode row and one per prefill block."""
-        return self.decode + self.blocks
-
-    def sizes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of each array of a `Batch`, in the order in which they are packed."""
-        return {
-            "tokens": (self.tokens,),
-            "positions": (self.tokens,),
-            "slots": (self.rows,),
-            "last": (self.rows,),
-            "samples": (self.rows,),
-            "tables": (self.rows, self.table),
-            "adapter": (self.tokens if self.rank_pages else 0,),
-            "pages": (self.rank_pages,),
-            "owner": (self.rank_pages,),
-        }
-
-    @property
-    def words(self) -> int:
-        """Length of the packed array."""
-        return sum(int(np.prod(size)) for size in self.sizes().values())
 
 
 @jax.tree_util.register_dataclass

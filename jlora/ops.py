@@ -9,7 +9,7 @@ from jlora.sharding import AXIS
 from kernels_pallas.paged_attention import paged_attention
 from kernels_pallas.paged_attention.xla import write_kv
 
-KV = tuple[Float[Array, "P page K H"], Float[Array, "P page K H"]]
+KV = tuple[Float[Array, "P K page H"], Float[Array, "P K page H"]]
 """One layer's keys and values."""
 
 
@@ -56,8 +56,8 @@ def attention(
     window: int | None,
 ) -> tuple[Float[Array, "T N H"], KV]:
     """Stores the step's K/V in its pages, then attends over each row's whole context."""
-    at = kv_index(batch, kv[0].shape[1], decode, block)
-    keys, values = write_kv(kv[0], k, at), write_kv(kv[1], v, at)
+    pages, offsets = kv_place(batch, kv[0].shape[2], decode, block)
+    keys, values = write_kv(kv[0], k, pages, offsets), write_kv(kv[1], v, pages, offsets)
     out = paged_attention(
         q,
         keys,
@@ -72,10 +72,12 @@ def attention(
     return out, (keys, values)
 
 
-def kv_index(batch: Batch, page: int, decode: int, block: int) -> Int[Array, "T"]:
-    """Flat position in the K/V pool of each token; padding goes to the trash page 0."""
+def kv_place(
+    batch: Batch, page_size: int, decode: int, block: int
+) -> tuple[Int[Array, "T"], Int[Array, "T"]]:
+    """(page, offset) of each token's K/V; padding goes to the trash page 0."""
     token = jnp.arange(batch.positions.shape[0])
     row = jnp.where(token < decode, token, decode + (token - decode) // block)
     at = jnp.maximum(batch.positions, 0)
-    pages = batch.tables[row, at // page]
-    return jnp.where(batch.positions < 0, 0, pages * page + at % page)
+    pages = batch.tables[row, at // page_size]
+    return jnp.where(batch.positions < 0, 0, pages), at % page_size

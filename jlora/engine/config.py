@@ -6,10 +6,10 @@ smallest compiled shape that holds it, so the lists here trade compile time agai
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
 
 from jlora.engine.params import SamplingParams
 from jlora.errors import ParameterError
+from jlora.shape import Shape
 
 RANK_PAGE = 16
 """Rank rows of one rank page (see jlora/README.md)."""
@@ -154,41 +154,25 @@ class EngineConfig:
         return ((min(8, rows), min(max(64 // block, 1) * block, tokens)), (rows, tokens))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Shape:
-    """Sizes of a step to compile."""
-
-    decode: int
-    """Decode rows."""
-    prefill: int
-    """Prefill tokens."""
-    rank_pages: int
-    """Active rank pages; 0 is the variant without LoRA."""
-
-
-class _Sized(Protocol):
-    @property
-    def decode(self) -> int: ...
-    @property
-    def prefill(self) -> int: ...
-    @property
-    def rank_pages(self) -> int: ...
-
-
-S = TypeVar("S", bound=_Sized)
-
-
 def buckets(config: EngineConfig) -> list[Shape]:
     """Every shape to compile: each bucket of rows and tokens, without and with LoRA."""
     sizes = [(rows, 0) for rows in config.decode_buckets] + list(config.prefill_buckets)
     return [
-        Shape(decode=rows, prefill=tokens, rank_pages=pages)
+        Shape(
+            decode=rows,
+            prefill=tokens,
+            rank_pages=pages,
+            block=config.prefill_block,
+            table=-(-config.max_model_len // config.page_size),
+        )
         for rows, tokens in sizes
         for pages in (0, *config.rank_page_buckets)
     ]
 
 
-def pick(shapes: Iterable[S], n_decode: int, n_prefill_tokens_padded: int, n_pages: int) -> S:
+def pick(
+    shapes: Iterable[Shape], n_decode: int, n_prefill_tokens_padded: int, n_pages: int
+) -> Shape:
     """The smallest shape that holds the step: fewest token rows, then fewest rank pages."""
     fitting = [
         shape

@@ -36,6 +36,8 @@ class Sequence:
     """The store's entry of its adapter (compared by identity), or None for the base model."""
     eos_ids: Collection[int] = ()
     arrival: float = 0.0
+    seed: int = 0
+    """Of its random draws; with a token's position it decides the draw."""
     tokens: list[int] = field(default_factory=list)
     """Prompt and the output known so far; starts as a copy of the prompt."""
 

@@ -13,10 +13,11 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jlora import ops
-from jlora.batch import Batch, Shape
+from jlora.batch import Batch
 from jlora.models.config import ModelConfig, rope_frequencies
 from jlora.ops import KV
 from jlora.quant import Dense
+from jlora.shape import Shape
 from jlora.sharding import AXIS, GROUP_AXES, Layout
 from kernels_pallas.lora_matmul import RankPool, lora_delta
 

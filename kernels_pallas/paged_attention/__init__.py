@@ -8,7 +8,7 @@ Semantics (numpy-like; G = N // K query heads share a kv head):
         lo = max(0, p - window + 1) if window else 0
         for j in range(lo, p + 1):
             page, offset = tables[row, j // page_size], j % page_size
-            score[n, j] = q[t, n] @ keys[page, offset, n // G] * scale
+            score[n, j] = q[t, n] @ keys[page, n // G, offset] * scale
         out[t, n] = softmax(score[n, lo : p + 1]) @ values[...]
 
 Scores and sums are float32 whatever the storage dtype.
@@ -21,8 +21,8 @@ from kernels_pallas.paged_attention import xla as _xla
 
 def paged_attention(
     q: Float[Array, "T N H"],
-    keys: Float[Array, "P page K H"],
-    values: Float[Array, "P page K H"],
+    keys: Float[Array, "P K page H"],
+    values: Float[Array, "P K page H"],
     tables: Int[Array, "B W"],
     positions: Int[Array, "T"],
     *,

@@ -16,8 +16,8 @@ MASKED = -1e30
 
 def paged_attention(
     q: Float[Array, "T N H"],
-    keys: Float[Array, "P page K H"],
-    values: Float[Array, "P page K H"],
+    keys: Float[Array, "P K page H"],
+    values: Float[Array, "P K page H"],
     tables: Int[Array, "B W"],
     positions: Int[Array, "T"],
     *,
@@ -44,8 +44,8 @@ def paged_attention(
 
 def _rows(
     q: Float[Array, "b t N H"],
-    keys: Float[Array, "P page K H"],
-    values: Float[Array, "P page K H"],
+    keys: Float[Array, "P K page H"],
+    values: Float[Array, "P K page H"],
     tables: Int[Array, "b W"],
     positions: Int[Array, "b t"],
     scale: float,
@@ -53,7 +53,7 @@ def _rows(
 ) -> Float[Array, "b t N H"]:
     """Attention of t query tokens in each of b rows; a row's tokens share its page table."""
     b, t, heads, width = q.shape
-    page, kv_heads = keys.shape[1], keys.shape[2]
+    kv_heads, page = keys.shape[1], keys.shape[2]
     group = heads // kv_heads
     per_chunk = max(1, min(CHUNK // page, tables.shape[1]))
     chunk = per_chunk * page
@@ -66,9 +66,9 @@ def _rows(
     def turn(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         peak, total, acc = carry
         ids = lax.dynamic_slice_in_dim(tables, i * per_chunk, per_chunk, axis=1)
-        k = keys[ids].reshape(b, chunk, kv_heads, width)
-        v = values[ids].reshape(b, chunk, kv_heads, width)
-        score = jnp.einsum("bkqh,bckh->bkqc", grouped, k, preferred_element_type=jnp.float32)
+        k, v = keys[ids], values[ids]  # [b, pages, K, page, H]
+        score = jnp.einsum("bkqh,bpkch->bkqpc", grouped, k, preferred_element_type=jnp.float32)
+        score = score.reshape(*score.shape[:3], chunk)
         at = i * chunk + jnp.arange(chunk)
         seen = at <= query_at
         if window is not None:
@@ -78,8 +78,9 @@ def _rows(
         weight = jnp.exp(score - new_peak) * seen
         fade = jnp.exp(peak - new_peak)
         total = total * fade + weight.sum(-1, keepdims=True)
+        weight = weight.astype(v.dtype).reshape(*weight.shape[:3], per_chunk, page)
         acc = acc * fade + jnp.einsum(
-            "bkqc,bckh->bkqh", weight.astype(v.dtype), v, preferred_element_type=jnp.float32
+            "bkqpc,bpkch->bkqh", weight, v, preferred_element_type=jnp.float32
         )
         return new_peak, total, acc
 
@@ -101,8 +102,10 @@ def _rows(
 
 
 def write_kv(
-    pool: Float[Array, "P page K H"], rows: Float[Array, "T K H"], at: Int[Array, "T"]
-) -> Float[Array, "P page K H"]:
-    """`pool` with row t stored at flat position at[t] (page · page_size + offset)."""
-    flat = pool.reshape(-1, *pool.shape[2:])
-    return flat.at[at].set(rows.astype(pool.dtype)).reshape(pool.shape)
+    pool: Float[Array, "P K page H"],
+    rows: Float[Array, "T K H"],
+    pages: Int[Array, "T"],
+    offsets: Int[Array, "T"],
+) -> Float[Array, "P K page H"]:
+    """`pool` with row t stored in pages[t] at offsets[t]."""
+    return pool.at[pages, :, offsets].set(rows.astype(pool.dtype))

@@ -1,0 +1,319 @@
+"""The engine: one thread that owns jax, an inbox, and events that go out.
+
+The loop plans step n+1 and queues it on the device before it reads step n's tokens, so the device
+does not wait for the host. Invariant: every request that was submitted gets exactly one event with
+a finish reason, whatever happens.
+"""
+
+import itertools
+import logging
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from typing import Any
+
+from jlora.engine.config import EngineConfig, pick
+from jlora.engine.pages import KVPages
+from jlora.engine.params import SamplingParams
+from jlora.engine.runner import Pending, Result, Runner
+from jlora.engine.scheduler import Plan, Scheduler
+from jlora.engine.sequence import Event, Sequence
+from jlora.errors import JloraError, ParameterError
+from jlora.shape import Shape
+
+log = logging.getLogger(__name__)
+
+OnEvent = Callable[[Event], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineStats:
+    """A snapshot for metrics; all counts are since the start."""
+
+    running: int
+    waiting: int
+    kv_usage: float
+    """Share of K/V pages that sequences hold, 0 to 1."""
+    prefix_queries: int
+    """Prompt tokens that were looked up in the prefix cache."""
+    prefix_hits: int
+    """Prompt tokens that were found there."""
+    preemptions: int
+    steps: int
+    running_adapters: tuple[str, ...]
+    waiting_adapters: tuple[str, ...]
+    max_loras: int
+
+
+@dataclass
+class _Client:
+    """Where the events of a request go."""
+
+    seq: Sequence
+    on_event: OnEvent
+    prompt_logprobs: list | None = None
+
+
+class Engine:
+    """Runs requests until `shutdown`. Every public method may be called from any thread."""
+
+    def __init__(
+        self,
+        runner: Runner,
+        config: EngineConfig,
+        store: Any,
+        shapes: Seq[Shape],
+        *,
+        num_pages: int,
+        eos_ids: tuple[int, ...],
+        vocab: int,
+    ):
+        """`runner` must be warm: all of `shapes` compiled. The thread starts with `start`."""
+        self.config = config
+        self.runner = runner
+        self.vocab = vocab
+        self._shapes = tuple(shapes)
+        self._eos_ids = eos_ids
+        self._store = store
+        self._pages = KVPages(num_pages, config.page_size, config.enable_prefix_caching)
+        self._scheduler = Scheduler(config, self._pages, store)
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._clients: dict[str, _Client] = {}
+        self._seeds = itertools.count(config.seed)
+        self._stop = threading.Event()
+        self._refusing = False
+        self._failed: str | None = None
+        self._steps = 0
+        self._stats = self._snapshot()
+        self._thread = threading.Thread(target=self._run, name="jlora-engine", daemon=True)
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens of a sequence at most, prompt and output together."""
+        return self.config.max_model_len
+
+    @property
+    def compiled_shapes(self) -> int:
+        """Step shapes compiled before ready."""
+        return self.runner.compiled_shapes
+
+    @property
+    def ready(self) -> bool:
+        """Whether requests are being served."""
+        return self._thread.is_alive() and self._failed is None
+
+    def start(self) -> None:
+        """Starts the engine's thread, which owns jax from now on."""
+        self._thread.start()
+
+    def submit(
+        self,
+        request_id: str,
+        prompt: list[int],
+        params: SamplingParams,
+        adapter: Any | None,
+        on_event: OnEvent,
+    ) -> None:
+        """Queues a request whose adapter entry was acquired; the engine releases it at the end.
+
+        `on_event` is called on the engine's thread and must not block. Raises ParameterError for
+        a request that can never run, and nothing is taken over then.
+        """
+        self.config.check_request(len(prompt), params)
+        self._check_tokens(prompt, params)
+        if self._failed is not None:
+            raise RuntimeError(f"the engine has stopped: {self._failed}")
+        if self._refusing:
+            raise RuntimeError("the engine is shutting down")
+        seed = params.seed if params.seed is not None else next(self._seeds)
+        seq = Sequence(
+            request_id=request_id,
+            prompt=prompt,
+            params=params,
+            adapter=adapter,
+            eos_ids=self._eos_ids,
+            arrival=time.monotonic(),
+            seed=seed,
+        )
+        self._inbox.put(lambda: self._add(_Client(seq, on_event)))
+
+    def abort(self, request_id: str) -> None:
+        """Ends a request; its last event says "abort". Unknown ids are ignored."""
+
+        def end() -> None:
+            seq = self._scheduler.abort(request_id)
+            if seq is not None:
+                self._close(seq)
+
+        self._inbox.put(end)
+
+    def drop_prefixes(self, uid: str) -> None:
+        """Forgets the cached K/V pages of an adapter that was unloaded."""
+        self._inbox.put(lambda: self._pages.drop(uid))
+
+    def stats(self) -> EngineStats:
+        """The latest snapshot, taken after each step."""
+        return self._stats
+
+    def shutdown(self, timeout: float = 0.0) -> None:
+        """Takes no new requests, lets running ones go on for `timeout` seconds, then aborts them."""
+        if not self._thread.is_alive():
+            return
+        deadline = time.monotonic() + timeout
+        self._refusing = True
+        while self._clients and time.monotonic() < deadline and self.ready:
+            time.sleep(0.02)
+        self._stop.set()
+        self._inbox.put(lambda: None)
+        self._thread.join(timeout=60)
+
+    # ---- the engine's thread --------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            self._loop()
+            reason = "abort"
+        except Exception as error:
+            log.exception("the engine stopped")
+            self._failed = f"{type(error).__name__}: {error}"
+            reason = "error"
+        for client in list(self._clients.values()):
+            if client.seq.finish_reason is None:
+                client.seq.finish_reason = reason  # type: ignore[assignment]
+                client.seq.error = self._failed
+            self._close(client.seq)
+
+    def _loop(self) -> None:
+        pending: deque[tuple[Plan, Pending]] = deque()
+        depth = 0 if self.runner.in_order else 1
+        while not self._stop.is_set():
+            self._read_inbox(wait=not pending and not self._scheduler.unfinished)
+            plan = self._scheduler.schedule()
+            for seq in self._scheduler.take_ended():
+                self._close(seq)
+            if plan is not None:
+                pending.append((plan, self._dispatch(plan)))
+            if pending and (plan is None or len(pending) > depth):
+                self._commit(*pending.popleft())
+            elif plan is None:
+                self._read_inbox(wait=True, timeout=0.002)  # an adapter is being read
+            self._stats = self._snapshot()
+
+    def _read_inbox(self, *, wait: bool, timeout: float | None = None) -> None:
+        try:
+            if wait:
+                self._inbox.get(timeout=timeout)()
+            while True:
+                self._inbox.get_nowait()()
+        except queue.Empty:
+            pass
+
+    def _add(self, client: _Client) -> None:
+        seq = client.seq
+        try:
+            self._scheduler.add(seq)
+        except JloraError as error:  # a request id that is in use
+            if seq.adapter is not None:
+                self._store.release(seq.adapter)
+            client.on_event(
+                Event(request_id=seq.request_id, finish_reason="error", error=str(error))
+            )
+            return
+        self._clients[seq.request_id] = client
+
+    def _dispatch(self, plan: Plan) -> Pending:
+        rank_pages = [self._store.pages(adapter) for adapter in plan.adapters]
+        shape = pick(
+            self._shapes, len(plan.decodes), plan.prefill_tokens, sum(map(len, rank_pages))
+        )
+        self._steps += 1
+        return self.runner.dispatch(plan, shape, rank_pages)
+
+    def _commit(self, plan: Plan, pending: Pending) -> None:
+        result = self.runner.collect(pending)
+        for request_id, entries in result.prompt_logprobs.items():
+            client = self._clients.get(request_id)
+            if client is not None:
+                client.prompt_logprobs = (client.prompt_logprobs or [None]) + entries
+        committed = self._scheduler.commit(plan, result.tokens)
+        finished = {id(seq) for seq in committed.finished}
+        for seq in committed.accepted:
+            self._send_token(seq, result, last=id(seq) in finished)
+        told = {id(seq) for seq in committed.accepted}
+        for seq in committed.finished:
+            if id(seq) not in told:  # a prompt that was only scored
+                self._close(seq)
+
+    def _send_token(self, seq: Sequence, result: Result, *, last: bool) -> None:
+        client = self._clients.get(seq.request_id)
+        if client is None:
+            return
+        logprobs = result.logprobs.get(seq.request_id)
+        scored, client.prompt_logprobs = client.prompt_logprobs, None
+        if last:
+            del self._clients[seq.request_id]
+        self._emit(
+            client,
+            Event(
+                request_id=seq.request_id,
+                token_ids=(result.tokens[seq.request_id],),
+                logprobs=None if logprobs is None else [logprobs],
+                prompt_logprobs=scored,
+                finish_reason=seq.finish_reason if last else None,
+                stop_reason=seq.stop_reason,
+                num_cached_tokens=seq.num_cached,
+            ),
+        )
+
+    def _close(self, seq: Sequence) -> None:
+        """The last event of a request that ends without a token."""
+        client = self._clients.pop(seq.request_id, None)
+        if client is not None:
+            self._emit(
+                client,
+                Event(
+                    request_id=seq.request_id,
+                    prompt_logprobs=client.prompt_logprobs,
+                    finish_reason=seq.finish_reason,
+                    num_cached_tokens=seq.num_cached,
+                    error=seq.error,
+                ),
+            )
+
+    def _emit(self, client: _Client, event: Event) -> None:
+        try:
+            client.on_event(event)
+        except Exception:  # a client's fault must not touch the others
+            log.exception("request %s: its on_event failed", event.request_id)
+
+    def _check_tokens(self, prompt: list[int], params: SamplingParams) -> None:
+        for name, tokens in (
+            ("prompt", prompt),
+            ("logit_bias", params.logit_bias or ()),
+            ("stop_token_ids", params.stop_token_ids),
+        ):
+            bad = next((token for token in tokens if not 0 <= token < self.vocab), None)
+            if bad is not None:
+                raise ParameterError(
+                    f"{name} holds token id {bad}, this model has ids 0 to {self.vocab - 1}",
+                    param=name,
+                )
+
+    def _snapshot(self) -> EngineStats:
+        scheduler = self._scheduler
+        return EngineStats(
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            kv_usage=self._pages.usage,
+            prefix_queries=self._pages.queries,
+            prefix_hits=self._pages.hits,
+            preemptions=scheduler.preemptions,
+            steps=self._steps,
+            running_adapters=tuple(entry.name for entry in scheduler.running_adapters),
+            waiting_adapters=tuple(entry.name for entry in scheduler.waiting_adapters),
+            max_loras=self.config.max_loras,
+        )

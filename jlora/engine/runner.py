@@ -1,0 +1,394 @@
+"""Runs steps on the device: owns weights, K/V pools and slots, and every compiled program.
+
+`dispatch(plan)` builds one packed batch in numpy and queues the step; `collect` waits for its
+tokens. All programs are compiled by `warm_up`; a step whose shape was not compiled is an error,
+so nothing ever compiles while requests wait.
+"""
+
+import logging
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Seq
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from jlora.adapters.pool import RankPages
+from jlora.batch import Batch, empty, pack, unpack
+from jlora.engine import sampler
+from jlora.engine.config import EngineConfig
+from jlora.engine.params import SamplingParams
+from jlora.engine.scheduler import Chunk, Plan
+from jlora.engine.sequence import Sequence, TokenLogprobs
+from jlora.models.decoder import Decoder, Pools, forward, logits
+from jlora.shape import Shape
+from jlora.sharding import Layout, sharding, spec
+
+log = logging.getLogger(__name__)
+
+KV_AXES = ("page", "kv_heads", None, None)
+SCORE_ROWS = 32
+"""Prompt tokens whose log-probabilities one scoring call computes."""
+
+COUNT_TOKENS = 256
+"""Tokens that one call adds to a slot's counts."""
+
+
+Scored = tuple[Chunk, list[tuple[int, sampler.Sampled]]]
+"""A prompt chunk and its scoring calls: how many targets, what they got."""
+
+
+@dataclass
+class Pending:
+    """A step that is queued on the device."""
+
+    plan: Plan
+    rows: list[tuple[int, Chunk]]
+    """(row, chunk) of every chunk that samples."""
+    sampled: sampler.Sampled
+    scored: list[Scored]
+    """Prompt chunks whose log-probabilities were asked for."""
+
+
+@dataclass
+class Result:
+    """What a step gave, on the host."""
+
+    tokens: dict[str, int] = field(default_factory=dict)
+    """Sampled token by request id."""
+    logprobs: dict[str, TokenLogprobs] = field(default_factory=dict)
+    prompt_logprobs: dict[str, list[TokenLogprobs]] = field(default_factory=dict)
+
+
+class Runner:
+    """The device side of an engine. One thread owns it."""
+
+    def __init__(
+        self,
+        model: Decoder,
+        layout: Layout,
+        mesh: Mesh,
+        rank_pages: RankPages,
+        config: EngineConfig,
+        num_pages: int,
+    ):
+        """Allocates K/V pools of `num_pages` pages and the slots; compiles nothing yet."""
+        cfg = layout.cfg
+        self.config, self.mesh, self.rank_pages = config, mesh, rank_pages
+        self.vocab, self.embed = cfg.vocab, cfg.embed
+        self.graph, state = nnx.split(model)
+        self.weight_specs = jax.tree.map(
+            lambda leaf: spec(*leaf.axes), state, is_leaf=lambda x: isinstance(x, nnx.Variable)
+        )
+        self.leaves, self.state_def = jax.tree.flatten(state)
+        self.dtype = model.norm[...].dtype
+        page = (num_pages, layout.kv_heads, config.page_size, cfg.head_dim)
+        zeros = jax.jit(
+            lambda: [
+                (jnp.zeros(page, self.dtype), jnp.zeros(page, self.dtype))
+                for _ in range(cfg.layers)
+            ],
+            out_shardings=sharding(mesh, *KV_AXES),
+        )
+        self.kv: list[tuple[jax.Array, jax.Array]] = zeros()
+        slots = jax.jit(
+            lambda: sampler.empty_slots(config.max_num_seqs, cfg.vocab),
+            out_shardings=sharding(mesh),
+        )
+        self.slots: sampler.Slots = slots()
+        self._pool_specs = jax.tree.map(lambda pool: pool.sharding.spec, rank_pages.pools)
+        self._programs: dict[Shape, Callable[..., Any]] = {}
+        self._score: dict[int, Callable[..., Any]] = {}
+        self._slot_owner: dict[int, tuple[str, int]] = {}
+        replicated = {"out_shardings": sharding(mesh), "donate_argnums": 0}
+        self._write_slot = jax.jit(sampler.write_slot, **replicated)
+        self._count = jax.jit(sampler.count_tokens, **replicated)
+        # Collectives between CPU devices can deadlock if steps are queued behind each other.
+        self.in_order = mesh.devices.flat[0].platform == "cpu" and mesh.size > 1
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of all K/V pages over all devices."""
+        return sum(array.nbytes for pair in self.kv for array in pair)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all weights over all devices."""
+        return sum(leaf.nbytes for leaf in self.leaves)
+
+    @property
+    def compiled_shapes(self) -> int:
+        """Step shapes that are compiled."""
+        return len(self._programs)
+
+    # ---- compiling ------------------------------------------------------------------------
+
+    def warm_up(self, shapes: Seq[Shape], progress: Callable[[int, int], None] | None = None):
+        """Compiles every program that serving can need, then runs each once."""
+        jobs: list[Shape | int] = [*shapes, *sorted({s.tokens for s in shapes if s.prefill})]
+        done = 0
+
+        def report() -> None:
+            nonlocal done
+            done += 1
+            if progress is not None:
+                progress(done, len(jobs))
+
+        with ThreadPoolExecutor(max_workers=2) as pool:
+            futures = []
+            for job in jobs:  # tracing holds the interpreter's lock, compiling does not
+                lowered = self._lower_score(job) if isinstance(job, int) else self._lower_step(job)
+                futures.append((job, pool.submit(lowered.compile)))
+            for job, future in futures:
+                if isinstance(job, int):
+                    self._score[job] = future.result()
+                else:
+                    self._programs[job] = future.result()
+                report()
+        self.rank_pages.warm_up()
+        for shape in shapes:
+            packed = pack(shape, empty(shape, self.config.max_num_seqs))
+            jax.block_until_ready(self._run(shape, packed))
+        row = sampler.slot_row(
+            SamplingParams(), prompt_length=0, seed=0, stop_ids=(), vocab=self.vocab
+        )
+        trash = np.int32(self.config.max_num_seqs)
+        self.slots = self._write_slot(self.slots, trash, row)
+        nothing = np.full(COUNT_TOKENS, self.vocab, np.int32)
+        self.slots = self._count(self.slots, trash, nothing, np.zeros(COUNT_TOKENS, bool))
+        jax.block_until_ready(self.slots)
+
+    def _lower_step(self, shape: Shape) -> Any:
+        lora = shape.rank_pages > 0
+
+        def step(leaves: list, pools: Pools, kv: list, slots: sampler.Slots, packed: jax.Array):
+            model = nnx.merge(self.graph, jax.tree.unflatten(self.state_def, leaves))
+            batch = unpack(shape, packed)
+            tokens = _resolve(batch, slots, shape.decode)
+            hidden, kv = forward(model, pools if lora else None, kv, batch, shape, tokens)
+            scores = logits(model, hidden[batch.last])
+            sampled, slots = sampler.sample(scores, slots, batch, self.config.max_logprobs)
+            return kv, slots, sampled, hidden if shape.prefill else None
+
+        specs = (
+            jax.tree.leaves(self.weight_specs, is_leaf=lambda x: isinstance(x, P)),
+            self._pool_specs if lora else P(),
+            spec(*KV_AXES),
+            P(),
+            P(),
+        )
+        mapped = jax.shard_map(
+            step,
+            mesh=self.mesh,
+            in_specs=specs,
+            out_specs=(spec(*KV_AXES), P(), P(), P()),
+            check_vma=False,
+        )
+        packed = jax.ShapeDtypeStruct((shape.words,), jnp.int32, sharding=sharding(self.mesh))
+        pools = self.rank_pages.pools if lora else None
+        return jax.jit(mapped, donate_argnums=(2, 3)).lower(
+            self.leaves, pools, self.kv, self.slots, packed
+        )
+
+    def _lower_score(self, tokens: int) -> Any:
+        def score(leaves: list, hidden: jax.Array, rows: jax.Array, targets: jax.Array):
+            model = nnx.merge(self.graph, jax.tree.unflatten(self.state_def, leaves))
+            return sampler.describe(logits(model, hidden[rows]), targets, self.config.max_logprobs)
+
+        mapped = jax.shard_map(
+            score,
+            mesh=self.mesh,
+            in_specs=(
+                jax.tree.leaves(self.weight_specs, is_leaf=lambda x: isinstance(x, P)),
+                P(),
+                P(),
+                P(),
+            ),
+            out_specs=P(),
+            check_vma=False,
+        )
+        replicated = sharding(self.mesh)
+        hidden = jax.ShapeDtypeStruct((tokens, self.embed), self.dtype, sharding=replicated)
+        rows = jax.ShapeDtypeStruct((SCORE_ROWS,), jnp.int32, sharding=replicated)
+        return jax.jit(mapped).lower(self.leaves, hidden, rows, rows)
+
+    # ---- running --------------------------------------------------------------------------
+
+    def _run(self, shape: Shape, packed: np.ndarray) -> tuple[sampler.Sampled, jax.Array | None]:
+        program = self._programs[shape]
+        pools = self.rank_pages.pools if shape.rank_pages else None
+        self.kv, self.slots, sampled, hidden = program(
+            self.leaves, pools, self.kv, self.slots, packed
+        )
+        return sampled, hidden
+
+    def dispatch(self, plan: Plan, shape: Shape, rank_pages: Seq[Seq[int]]) -> Pending:
+        """Queues one step; `rank_pages` are those of each of the plan's adapters.
+
+        Placements of the plan are written to their rank pages before it.
+        """
+        for placement in plan.placements:
+            self.rank_pages.write(placement.staged, placement.pages)
+        for chunk in (*plan.decodes, *plan.prefills):
+            self._admit(chunk.seq)
+        arrays = empty(shape, self.config.max_num_seqs)
+        rows = self._fill(plan, shape, arrays, rank_pages)
+        sampled, hidden = self._run(shape, pack(shape, arrays))
+        if self.in_order:
+            jax.block_until_ready(sampled)
+        return Pending(plan, rows, sampled, self._scores(plan, shape, hidden))
+
+    def collect(self, pending: Pending) -> Result:
+        """Waits for a step and gives its tokens and the log-probabilities that were asked for."""
+        result = Result()
+        tokens = np.asarray(pending.sampled.tokens)
+        if any(chunk.seq.params.logprobs is not None for _, chunk in pending.rows):
+            described = _on_host(pending.sampled)
+        else:
+            described = None
+        for row, chunk in pending.rows:
+            seq = chunk.seq
+            result.tokens[seq.request_id] = int(tokens[row])
+            if described is not None and seq.params.logprobs is not None:
+                result.logprobs[seq.request_id] = _logprobs(described, row, seq.params.logprobs)
+        for chunk, calls in pending.scored:
+            seq = chunk.seq
+            wanted = seq.params.prompt_logprobs or 0
+            entries = result.prompt_logprobs.setdefault(seq.request_id, [])
+            for count, sampled in calls:
+                host = _on_host(sampled)
+                entries += [_logprobs(host, row, wanted) for row in range(count)]
+        return result
+
+    def _fill(
+        self, plan: Plan, shape: Shape, arrays: dict[str, np.ndarray], rank_pages: Seq[Seq[int]]
+    ) -> list[tuple[int, Chunk]]:
+        """Writes a plan's chunks into a batch of padding; gives the rows that sample."""
+        number = _number(plan)
+        pages = [page for own in rank_pages for page in own]
+        arrays["pages"][: len(pages)] = pages
+        arrays["owner"][: len(pages)] = [n for n, own in enumerate(rank_pages) for _ in own]
+        rows: list[tuple[int, Chunk]] = []
+        for row, chunk in enumerate(sorted(plan.decodes, key=number)):
+            self._put(arrays, chunk, row, row, 1, number(chunk))
+            if chunk.samples:
+                rows.append((row, chunk))
+        for chunk, token, row, blocks in _prefill_rows(plan, shape, number):
+            self._put(arrays, chunk, token, row, blocks, number(chunk))
+            if chunk.samples:
+                rows.append((row + blocks - 1, chunk))
+        return rows
+
+    def _put(
+        self,
+        arrays: dict[str, np.ndarray],
+        chunk: Chunk,
+        token: int,
+        row: int,
+        blocks: int,
+        number: int,
+    ) -> None:
+        """One chunk: its tokens from `token` on, its rows from `row` on."""
+        seq, length = chunk.seq, chunk.length
+        known = seq.tokens[chunk.start : chunk.start + length]
+        arrays["tokens"][token : token + length] = known or -1  # -1: sampled, not read yet
+        arrays["positions"][token : token + length] = np.arange(chunk.start, chunk.start + length)
+        arrays["tables"][row : row + blocks, : len(seq.pages)] = seq.pages
+        final = row + blocks - 1
+        arrays["slots"][final] = seq.slot
+        arrays["last"][final] = token + length - 1
+        arrays["samples"][final] = chunk.samples
+        if seq.adapter is not None:
+            arrays["adapter"][token : token + length] = number
+
+    def _admit(self, seq: Sequence) -> None:
+        """Writes what a sequence asks of the sampler when it gets its slot (again)."""
+        assert seq.slot is not None
+        stay = (seq.request_id, seq.preemptions)
+        if self._slot_owner.get(seq.slot) == stay:
+            return
+        self._slot_owner[seq.slot] = stay
+        params = seq.params
+        row = sampler.slot_row(
+            params,
+            prompt_length=len(seq.prompt),
+            seed=seq.seed,
+            stop_ids=(*seq.eos_ids, *params.stop_token_ids),
+            vocab=self.vocab,
+        )
+        self.slots = self._write_slot(self.slots, np.int32(seq.slot), row)
+        if params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1:
+            for start in range(0, len(seq.tokens), COUNT_TOKENS):
+                part = seq.tokens[start : start + COUNT_TOKENS]
+                tokens = np.full(COUNT_TOKENS, self.vocab, np.int32)
+                tokens[: len(part)] = part
+                prompt = start + np.arange(COUNT_TOKENS) < len(seq.prompt)
+                self.slots = self._count(self.slots, np.int32(seq.slot), tokens, prompt)
+
+    def _scores(self, plan: Plan, shape: Shape, hidden: jax.Array | None) -> list[Scored]:
+        """Queues the scoring of prompt chunks whose log-probabilities were asked for."""
+        scored: list[Scored] = []
+        for chunk, token, _, _ in _prefill_rows(plan, shape, _number(plan)):
+            if chunk.seq.params.prompt_logprobs is None:
+                continue
+            # position p predicts token p + 1; the last prompt position predicts the output
+            targets = chunk.seq.prompt[chunk.start + 1 : chunk.stop + 1]
+            calls = []
+            for start in range(0, len(targets), SCORE_ROWS):
+                part = targets[start : start + SCORE_ROWS]
+                rows, padded = np.full(SCORE_ROWS, token, np.int32), np.zeros(SCORE_ROWS, np.int32)
+                rows[: len(part)] = token + start + np.arange(len(part))
+                padded[: len(part)] = part
+                sampled = self._score[shape.tokens](self.leaves, hidden, rows, padded)
+                calls.append((len(part), sampled))
+            scored.append((chunk, calls))
+        if self.in_order:
+            jax.block_until_ready([sampled for _, calls in scored for _, sampled in calls])
+        return scored
+
+
+def _prefill_rows(
+    plan: Plan, shape: Shape, number: Callable[[Chunk], int]
+) -> Iterator[tuple[Chunk, int, int, int]]:
+    """(chunk, first token, first row, blocks) of each prefill chunk, sorted by adapter."""
+    token = row = shape.decode
+    for chunk in sorted(plan.prefills, key=number):
+        blocks = -(-chunk.length // shape.block)
+        yield chunk, token, row, blocks
+        token += blocks * shape.block
+        row += blocks
+
+
+def _number(plan: Plan) -> Callable[[Chunk], int]:
+    """Batch-local adapter number of a chunk; base rows come last."""
+    numbers = {id(adapter): number for number, adapter in enumerate(plan.adapters)}
+    return lambda chunk: numbers.get(id(chunk.seq.adapter), len(numbers))
+
+
+def _resolve(batch: Batch, slots: sampler.Slots, decode: int) -> jax.Array:
+    """Input ids with -1 replaced by what the row's slot sampled last."""
+    if not decode:
+        return jnp.maximum(batch.tokens, 0)
+    rows = batch.tokens[:decode]
+    known = jnp.where(rows < 0, slots.last[batch.slots[:decode]], rows)
+    return jnp.concatenate([known, jnp.maximum(batch.tokens[decode:], 0)])
+
+
+def _on_host(sampled: sampler.Sampled) -> sampler.Sampled:
+    return jax.tree.map(np.asarray, sampled)
+
+
+def _logprobs(sampled: sampler.Sampled, row: int, wanted: int) -> TokenLogprobs:
+    top = zip(sampled.top_ids[row, :wanted], sampled.top_logprobs[row, :wanted], strict=True)
+    return TokenLogprobs(
+        token=int(sampled.tokens[row]),
+        logprob=float(sampled.logprobs[row]),
+        rank=int(sampled.ranks[row]),
+        top={int(token): float(value) for token, value in top},
+    )
