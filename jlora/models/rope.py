@@ -72,8 +72,10 @@ def rope_frequencies(
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, head_dim - 1)
     width = high - low or 0.001
-    interpolated = np.clip((np.arange(head_dim // 2) - low) / width, 0.0, 1.0)
-    inverse = inverse * (interpolated / rope.factor + (1 - interpolated))
+    ramp = np.clip((np.arange(head_dim // 2, dtype=np.float32) - low) / width, 0.0, 1.0)
+    kept = np.float32(1.0) - ramp.astype(np.float32)  # rounded where transformers rounds
+    scaled = np.float32(1.0) / (np.float32(rope.factor) * wavelengths)
+    inverse = scaled * (np.float32(1.0) - kept) + inverse * kept
     return inverse.astype(np.float32), _yarn_attention_factor(rope)
 
 
