@@ -1,0 +1,65 @@
+"""A loaded model in parts: what `jlora.build` makes and `LLM` stands on. No jax."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from jlora.adapters.store import AdapterEntry, AdapterStore
+from jlora.engine.params import SamplingParams
+from jlora.engine.sequence import Event
+from jlora.tokenizer import Tokenizer
+
+Progress = Callable[[str, int, int], None]
+"""Called as `progress(what, done, total)` while something long is going on."""
+
+
+class EngineLike(Protocol):
+    """What the text layer needs of `jlora.engine.engine.Engine`."""
+
+    max_model_len: int
+
+    def submit(
+        self,
+        request_id: str,
+        prompt: list[int],
+        params: SamplingParams,
+        adapter: AdapterEntry | None,
+        on_event: Callable[[Event], None],
+    ) -> None: ...
+
+    def abort(self, request_id: str) -> Any: ...
+
+    def stats(self) -> Any: ...
+
+    def shutdown(self, timeout: float) -> None: ...
+
+    @property
+    def ready(self) -> bool: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryPlan:
+    """Bytes on each device, for the start-up message."""
+
+    weights: int
+    adapter_pages: int
+    adapter_page_count: int
+    kv_pages: int
+    kv_page_count: int
+    kv_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """A loaded model: everything that `LLM` stands on."""
+
+    engine: EngineLike
+    store: AdapterStore[Any]
+    tokenizer: Tokenizer
+    names: tuple[str, ...]
+    """Names of the base model; the first is the one shown."""
+    path: str
+    vocab: int
+    """Token ids that the model can take."""
+    max_logprobs: int = 20
+    plan: MemoryPlan | None = None

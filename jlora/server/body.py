@@ -1,0 +1,55 @@
+"""Request bodies in general: JSON bytes -> a checked pydantic object, or a ParameterError that names
+the field. An unknown field, and an unsupported one with a value that matters, is an error.
+"""
+
+from typing import Any, ClassVar, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from jlora.errors import ParameterError
+
+TBody = TypeVar("TBody", bound="Body")
+
+
+class Body(BaseModel):
+    """A JSON object of which every key is known."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+    UNSUPPORTED: ClassVar[dict[str, tuple[Any, ...]]] = {}
+    """Field -> the values that change nothing; any other value is refused."""
+
+
+def parse_body(cls: type[TBody], data: bytes) -> TBody:
+    """The checked body; ParameterError names the first field that is wrong."""
+    try:
+        body = cls.model_validate_json(data)
+    except ValidationError as error:
+        raise _explain(cls, error) from None
+    for name, harmless in cls.UNSUPPORTED.items():
+        value = getattr(body, name)
+        if value is not None and value not in harmless:
+            raise ParameterError(
+                f"{name} is not supported by this server; leave it out (got {str(value)[:80]})",
+                name,
+            )
+    return body
+
+
+def _explain(cls: type[Body], error: ValidationError) -> ParameterError:
+    problem = error.errors(include_url=False, include_context=False)[0]
+    where = ".".join(str(part) for part in problem["loc"] if not str(part).startswith("function-"))
+    kind, message = problem["type"], problem["msg"].removeprefix("Value error, ")
+    if kind == "json_invalid":
+        return ParameterError(
+            f"the body is not valid JSON: {message.removeprefix('Invalid JSON: ')}"
+        )
+    if kind == "model_type":
+        return ParameterError(f"{where or 'the body'}: a JSON object was expected", where or None)
+    if kind == "extra_forbidden":
+        return ParameterError(f"unknown field {where!r}; check its spelling", where)
+    if kind == "missing":
+        return ParameterError(f"the field {where!r} is required", where)
+    got = "" if problem["loc"] == () else f" (got {str(problem['input'])[:80]!r})"
+    top = str(problem["loc"][0]) if problem["loc"] else None
+    return ParameterError(f"{where}: {message}{got}", top)

@@ -1,0 +1,158 @@
+"""Routes that load, unload and list adapters (vLLM's and SGLang's wire forms), and the server's own
+state: health, ready, version, metrics.
+"""
+
+import asyncio
+import os
+import time
+from typing import Any
+
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+
+from jlora.adapters.store import AdapterEntry, Drain, allowed_path
+from jlora.errors import AdapterError, JloraError
+from jlora.server.errors import HttpError, Json, status_of
+from jlora.server.protocol import LoadBody, UnloadBody
+from jlora.server.service import Service, read
+
+DRAIN_SECONDS = 60.0
+"""How long an unload request waits for running requests before it answers."""
+
+
+def service_of(request: Request) -> Service:
+    return request.app.state.service
+
+
+def _gate(service: Service) -> None:
+    if not service.options.lora_dir:
+        raise HttpError(
+            404, "loading adapters at run time is off; start the server with --lora-dir ROOT"
+        )
+
+
+async def _load(service: Service, body: LoadBody) -> AdapterEntry:
+    """Read and register an adapter on a loader's thread: the loop and the engine go on."""
+    _gate(service)
+    if not (body.adapter and body.path):
+        param = "lora_path" if body.adapter else "lora_name"
+        raise HttpError(400, "Both 'lora_name' and 'lora_path' must be provided.", param)
+
+    def work() -> AdapterEntry:
+        path = _locate(body.path, service.options.lora_dir)
+        return service.llm.store.load(
+            body.adapter, path, pinned=body.pinned, replace=body.load_inplace
+        )
+
+    loop = asyncio.get_running_loop()
+    entry = await loop.run_in_executor(service.loaders, work)
+    service.metrics.forget_stale(service.llm.store)
+    return entry
+
+
+def _locate(path: str, roots: tuple[str, ...]) -> str:
+    """The checked real path; a relative one may be below any of the roots."""
+    candidates = [path] if os.path.isabs(path) else [os.path.join(root, path) for root in roots]
+    for candidate in candidates[:-1]:
+        try:
+            return str(allowed_path(candidate, roots))
+        except AdapterError:
+            continue
+    return str(allowed_path(candidates[-1], roots))
+
+
+async def _unload(service: Service, body: UnloadBody) -> Drain:
+    """Drop the name, then wait until running requests have ended and the memory is free."""
+    _gate(service)
+    if not body.adapter:
+        raise HttpError(
+            400, "'lora_name' needs to be provided to unload a LoRA adapter.", "lora_name"
+        )
+    drain = service.llm.store.unload(body.adapter)
+    end, pause = time.monotonic() + DRAIN_SECONDS, 0.002
+    while not drain.done and not service.draining and time.monotonic() < end:
+        await asyncio.sleep(pause)
+        pause = min(0.1, pause * 1.5)
+    service.metrics.forget_stale(service.llm.store)
+    return drain
+
+
+def _freed(drain: Drain) -> str:
+    if not drain.done:
+        return f"{drain.entry.in_flight} requests still run; its memory is freed when they end."
+    return (
+        f"Freed {drain.host_bytes} bytes of host and {drain.device_bytes} bytes of device memory."
+    )
+
+
+async def load_vllm(request: Request) -> Response:
+    """vLLM's answer is plain text."""
+    entry = await _load(service_of(request), await read(request, LoadBody))
+    return PlainTextResponse(f"Success: LoRA adapter '{entry.name}' added successfully.")
+
+
+async def unload_vllm(request: Request) -> Response:
+    drain = await _unload(service_of(request), await read(request, UnloadBody))
+    text = f"Success: LoRA adapter '{drain.entry.name}' removed successfully."
+    return PlainTextResponse(f"{text} {_freed(drain)}")
+
+
+def _sglang(service: Service, error: JloraError | None = None) -> Json:
+    """SGLang's answer: always this JSON, 200 or 400."""
+    loaded = {str(item["name"]): str(item["path"]) for item in service.llm.store.adapters()}
+    body: dict[str, Any] = {
+        "success": error is None,
+        "error_message": "" if error is None else str(error),
+        "loaded_adapters": loaded,
+    }
+    if error is None:
+        return Json(body)
+    # SGLang knows 400 only; being refused access is not a wrong field and keeps its own status.
+    status = status_of(error)
+    return Json(body, status_code=status if status in (403, 413, 415) else 400)
+
+
+async def load_sglang(request: Request) -> Response:
+    service = service_of(request)
+    try:
+        await _load(service, await read(request, LoadBody))
+    except JloraError as error:
+        return _sglang(service, error)
+    return _sglang(service)
+
+
+async def unload_sglang(request: Request) -> Response:
+    service = service_of(request)
+    try:
+        await _unload(service, await read(request, UnloadBody))
+    except JloraError as error:
+        return _sglang(service, error)
+    return _sglang(service)
+
+
+async def adapters(request: Request) -> Response:
+    """Every adapter: path, rank, modules, bytes, tier, pinned, in flight, last use, load time."""
+    return Json({"object": "list", "data": service_of(request).llm.store.adapters()})
+
+
+async def health(request: Request) -> Response:
+    return Response(status_code=200)
+
+
+async def ready(request: Request) -> Response:
+    service = service_of(request)
+    if service.ready:
+        return Json({"ready": True})
+    why = "is shutting down" if service.draining else "is still starting"
+    raise HttpError(503, f"the server {why}")
+
+
+async def version(request: Request) -> Response:
+    return Json({"version": service_of(request).metrics.version})
+
+
+async def metrics(request: Request) -> Response:
+    # Off the loop: the collector asks the engine and the store.
+    page = await asyncio.to_thread(service_of(request).metrics.page)
+    return Response(page, media_type=CONTENT_TYPE_LATEST)
