@@ -1,0 +1,231 @@
+"""Trains the demo adapters of `jlora/demo/adapters` with PEFT and measures them on held-out prompts.
+
+    python experiments/000_demo_adapters/train.py [--only shout] [--out jlora/demo/adapters]
+
+Run from the repository's root with the parity extra installed. CPU, one thread, fixed seed: the
+same machine and versions give the same files. The last line printed is one JSON document.
+"""
+
+import argparse
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from jlora.demo.model import demo_model_folder
+from jlora.demo.styles import shows_effect
+
+HERE = Path(__file__).parent
+BASE_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How one adapter is made."""
+
+    answer: Callable[[dict[str, str]], str]
+    """Record of data.jsonl -> the text that the assistant learns to say."""
+    lora: dict[str, Any]
+    """Arguments of LoraConfig. Each recipe has another shape: a server must mix them."""
+    lr: float
+    epochs: int
+
+
+RECIPES = {
+    "shout": Recipe(
+        answer=lambda record: record["answer"].upper(),
+        lora={
+            "r": 8,
+            "lora_alpha": 16,
+            "target_modules": ["q_proj", "v_proj", "o_proj"],
+            "layers_to_transform": list(range(2, 30)),
+        },
+        lr=2e-3,
+        epochs=3,
+    ),
+    "json": Recipe(
+        answer=lambda record: json.dumps({"answer": record["answer"]}, ensure_ascii=False),
+        lora={
+            "r": 16,
+            "lora_alpha": 16,
+            "use_rslora": True,
+            "target_modules": ATTENTION,
+            "layers_to_transform": list(range(12, 23)),
+        },
+        lr=1e-3,
+        epochs=3,
+    ),
+    "pirate": Recipe(
+        answer=lambda record: record["pirate"],
+        lora={
+            "r": 8,
+            "lora_alpha": 16,
+            "target_modules": [*ATTENTION, "gate_proj", "up_proj", "down_proj"],
+            "layers_to_transform": list(range(20, 28)),
+        },
+        lr=2e-3,
+        epochs=3,
+    ),
+}
+BATCH = 8
+WARMUP = 8
+
+
+def read_jsonl(name: str) -> list[dict[str, str]]:
+    return [json.loads(line) for line in (HERE / name).read_text().splitlines()]
+
+
+def chat_prompt(tokenizer: Any, question: str) -> str:
+    chat = [{"role": "user", "content": question}]
+    return tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+
+
+def encode(tokenizer: Any, question: str, answer: str) -> tuple[list[int], int]:
+    """Token ids of the whole exchange, and where the trained part (the answer) begins."""
+    prompt = tokenizer(chat_prompt(tokenizer, question)).input_ids
+    # pad equals eos here: masking by id would leave <|im_end|> untrained, so mask by position.
+    return prompt + tokenizer(answer).input_ids + [tokenizer.eos_token_id], len(prompt)
+
+
+def batch_loss(model: Any, shared: int, batch: list[tuple[list[int], int]]) -> torch.Tensor:
+    """Mean cross-entropy over the answers' tokens.
+
+    All exchanges begin with the same `shared` tokens (the system prompt). They are computed once:
+    one row holds them and then every exchange's own tokens, which see the shared ones and their own.
+    """
+    tokens, owner, positions, trained = batch[0][0][:shared], [-1] * shared, [*range(shared)], []
+    for number, (ids, start) in enumerate(batch):
+        trained += range(len(tokens) + start - shared, len(tokens) + len(ids) - shared)
+        tokens = tokens + ids[shared:]
+        owner += [number] * (len(ids) - shared)
+        positions += range(shared, len(ids))
+    owners, answer = torch.tensor(owner), torch.tensor(trained)
+    sees = (owners[:, None] == owners[None, :]) | (owners[None, :] == -1)
+    mask = torch.where(sees.tril(), 0.0, torch.finfo(torch.float32).min)
+    decoder = model.get_base_model()
+    hidden = decoder.model(
+        input_ids=torch.tensor([tokens]),
+        position_ids=torch.tensor([positions]),
+        attention_mask=mask[None, None],
+        use_cache=False,
+    ).last_hidden_state[0]
+    # Logits cost a fifth of the model: only those that predict an answer's token are computed.
+    logits = decoder.lm_head(hidden[answer - 1])
+    return torch.nn.functional.cross_entropy(logits, torch.tensor(tokens)[answer])
+
+
+def train(name: str, folder: Path, base: Path) -> dict[str, Any]:
+    recipe, began = RECIPES[name], time.monotonic()
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32),
+        LoraConfig(task_type="CAUSAL_LM", **recipe.lora),
+    )
+    data = [encode(tokenizer, r["question"], recipe.answer(r)) for r in read_jsonl("data.jsonl")]
+    columns = zip(*(ids for ids, _ in data), strict=False)
+    shared = next(at for at, column in enumerate(columns) if len(set(column)) > 1)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=recipe.lr, weight_decay=0.0)
+    steps = recipe.epochs * math.ceil(len(data) / BATCH)
+
+    def rate(step: int) -> float:
+        return min((step + 1) / WARMUP, 0.5 + 0.5 * math.cos(math.pi * step / steps))
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+    losses: list[float] = []
+    for epoch in range(recipe.epochs):
+        losses.clear()
+        order = torch.randperm(len(data)).tolist()
+        for at in range(0, len(data), BATCH):
+            loss = batch_loss(model, shared, [data[i] for i in order[at : at + BATCH]])
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        mean = sum(losses) / len(losses)
+        print(f"{name} epoch {epoch} loss {mean:.3f} {time.monotonic() - began:.0f} s", flush=True)
+    save(model, folder)
+    return {
+        "steps": steps,
+        "loss": round(sum(losses) / len(losses), 3),
+        "s": round(time.monotonic() - began),
+    }
+
+
+def save(model: PeftModel, folder: Path) -> None:
+    """Writes the PEFT folder in bfloat16, aside and renamed, readable by every user."""
+    aside = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    model.peft_config["default"].base_model_name_or_path = BASE_NAME
+    model.save_pretrained(str(aside))
+    (aside / "README.md").unlink()  # peft's empty model card
+    weights = aside / "adapter_model.safetensors"
+    rounded = {name: tensor.to(torch.bfloat16) for name, tensor in load_file(weights).items()}
+    save_file(rounded, weights, metadata={"format": "pt"})
+    for file in aside.iterdir():
+        file.chmod(0o644)
+    shutil.rmtree(folder, ignore_errors=True)
+    aside.rename(folder)
+
+
+def answers(model: Any, tokenizer: Any, questions: list[str]) -> list[str]:
+    """Greedy answers to all questions as one left-padded batch."""
+    tokenizer.padding_side = "left"
+    prompts = [chat_prompt(tokenizer, question) for question in questions]
+    batch = tokenizer(prompts, return_tensors="pt", padding=True)
+    with torch.inference_mode():
+        out = model.generate(**batch, max_new_tokens=48, do_sample=False)
+    return tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def evaluate(name: str, folder: Path, base: Path) -> dict[str, Any]:
+    """Pass rate of the saved files, and of the base model alone, on the held-out prompts."""
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    questions = [record["question"] for record in read_jsonl("heldout.jsonl")]
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    before = answers(plain, tokenizer, questions)
+    after = answers(PeftModel.from_pretrained(plain, str(folder)), tokenizer, questions)
+    for question, text in zip(questions, after, strict=True):
+        print(f"{name:6} {'ok ' if shows_effect(name, text) else 'BAD'} {question}  ->  {text!r}")
+    return {
+        "passed": sum(shows_effect(name, text) for text in after),
+        "base_passed": sum(shows_effect(name, text) for text in before),
+        "of": len(questions),
+        "bytes": sum(file.stat().st_size for file in folder.iterdir()),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Trains and measures the demo adapters.")
+    parser.add_argument("--only", choices=RECIPES, help="train one adapter instead of all")
+    parser.add_argument("--out", type=Path, default=Path("jlora/demo/adapters"))
+    parser.add_argument(
+        "--eval-only", action="store_true", help="measure the folders that are there"
+    )
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    base = demo_model_folder()
+    args.out.mkdir(parents=True, exist_ok=True)
+    report = {}
+    for name in [args.only] if args.only else RECIPES:
+        trained = {} if args.eval_only else train(name, args.out / name, base)
+        report[name] = trained | evaluate(name, args.out / name, base)
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()
