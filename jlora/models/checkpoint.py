@@ -120,7 +120,8 @@ class Checkpoint:
                     handles[stored.file] = stack.enter_context(safe_open(stored.file, "numpy"))
                 tensor = handles[stored.file].get_slice(name)
                 block = _gather(tensor, stored.shape, rows, columns)
-                cast = block.astype(dtype, copy=False)
+                with np.errstate(over="ignore"):  # reported below, by name
+                    cast = block.astype(dtype, copy=False)
                 if dtype == np.float16 and not np.isfinite(cast).all():
                     raise ModelError(
                         f"{self.folder}: {name} has values that float16 cannot hold; "

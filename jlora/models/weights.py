@@ -7,13 +7,15 @@ is used, is a known harmless extra, or the load is refused with a list.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from jlora.models.checkpoint import Checkpoint, Read
 from jlora.models.config import GROUPS, ModelConfig
@@ -155,7 +157,7 @@ def tensor_shapes(cfg: ModelConfig, table: list[Source]) -> dict[str, tuple[int,
 
 
 def load_weights(
-    folder: Any,
+    folder: str | Path,
     layout: Layout,
     mesh: Mesh,
     dtype: Any,
@@ -198,22 +200,24 @@ def dummy_weights(
     table = sources(layout.cfg, layout, copy_head)
     keys = iter(jax.random.split(jax.random.key(seed), len(table)))
 
-    def normal(key: jax.Array, source: Source, dtype: np.dtype) -> jax.Array:
-        fan_in = source.shape[0] if source.transposed else 1
-        return (jax.random.normal(key, source.shape, jnp.float32) * fan_in**-0.5).astype(dtype)
-
-    compiled: dict[Any, Callable[[jax.Array], jax.Array]] = {}  # one program per kind of parameter
-
     def make(source: Source, dtype: np.dtype) -> jax.Array:
         place, key = sharding(mesh, *source.axes), next(keys)
         if source.axes == ("norm",):
             return jax.device_put(np.ones(source.shape, dtype), place)
-        kind = (source.shape, source.axes)
-        if kind not in compiled:
-            compiled[kind] = jax.jit(lambda key: normal(key, source, dtype), out_shardings=place)
-        return compiled[kind](key)
+        fan_in = source.shape[0] if source.transposed else 1
+        return _random(source.shape, fan_in, dtype, place)(key)
 
     return _build(layout, table, make, dtype, copy_head, None)
+
+
+@cache  # one program per kind of parameter
+def _random(
+    shape: tuple[int, ...], fan_in: int, dtype: np.dtype, place: NamedSharding
+) -> Callable[[jax.Array], jax.Array]:
+    def normal(key: jax.Array) -> jax.Array:
+        return (jax.random.normal(key, shape, jnp.float32) * fan_in**-0.5).astype(dtype)
+
+    return jax.jit(normal, out_shardings=place)
 
 
 def _build(
