@@ -16,7 +16,8 @@ Progress = Callable[[str, int, int], None]
 class EngineLike(Protocol):
     """What the text layer needs of `jlora.engine.engine.Engine`."""
 
-    max_model_len: int
+    @property
+    def max_model_len(self) -> int: ...
 
     def submit(
         self,

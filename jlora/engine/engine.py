@@ -118,10 +118,10 @@ class Engine:
         adapter: Any | None,
         on_event: OnEvent,
     ) -> None:
-        """Queues a request whose adapter entry was acquired; the engine releases it at the end.
+        """Queues a request; its adapter is held from now until its last event.
 
         `on_event` is called on the engine's thread and must not block. Raises ParameterError for
-        a request that can never run, and nothing is taken over then.
+        a request that can never run, UnknownModelError if the adapter was unloaded meanwhile.
         """
         self.config.check_request(len(prompt), params)
         self._check_tokens(prompt, params)
@@ -139,6 +139,8 @@ class Engine:
             arrival=time.monotonic(),
             seed=seed,
         )
+        if adapter is not None:
+            self._store.acquire(adapter)
         self._inbox.put(lambda: self._add(_Client(seq, on_event)))
 
     def abort(self, request_id: str) -> None:
@@ -151,9 +153,9 @@ class Engine:
 
         self._inbox.put(end)
 
-    def drop_prefixes(self, uid: str) -> None:
-        """Forgets the cached K/V pages of an adapter that was unloaded."""
-        self._inbox.put(lambda: self._pages.drop(uid))
+    def wake(self) -> None:
+        """Makes the engine look again: an adapter that requests wait for has arrived."""
+        self._inbox.put(lambda: None)
 
     def stats(self) -> EngineStats:
         """The latest snapshot, taken after each step."""
@@ -168,7 +170,7 @@ class Engine:
         while self._clients and time.monotonic() < deadline and self.ready:
             time.sleep(0.02)
         self._stop.set()
-        self._inbox.put(lambda: None)
+        self.wake()
         self._thread.join(timeout=60)
 
     # ---- the engine's thread --------------------------------------------------------------
@@ -192,6 +194,8 @@ class Engine:
         depth = 0 if self.runner.in_order else 1
         while not self._stop.is_set():
             self._read_inbox(wait=not pending and not self._scheduler.unfinished)
+            for uid in self._store.take_forgotten():
+                self._pages.drop(uid)
             plan = self._scheduler.schedule()
             for seq in self._scheduler.take_ended():
                 self._close(seq)
@@ -199,8 +203,8 @@ class Engine:
                 pending.append((plan, self._dispatch(plan)))
             if pending and (plan is None or len(pending) > depth):
                 self._commit(*pending.popleft())
-            elif plan is None:
-                self._read_inbox(wait=True, timeout=0.002)  # an adapter is being read
+            elif plan is None and self._scheduler.unfinished:
+                self._read_inbox(wait=True, timeout=0.01)  # an adapter is being read
             self._stats = self._snapshot()
 
     def _read_inbox(self, *, wait: bool, timeout: float | None = None) -> None:

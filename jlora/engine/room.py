@@ -4,9 +4,10 @@ No adapter starves. A blocked adapter's clock starts when one of its requests is
 room. The longest blocked one, after `max_adapter_wait` seconds, has the *claim*: no other blocked
 adapter starts, and the adapter that has been running longest takes no new requests, so that it
 drains. If that does not do within another `max_adapter_wait`, the longest running adapters that
-have run for `max_adapter_wait` or more are preempted until there is room. So an adapter with k
-blocked ones before it gets room within about (2 + k / max_loras) * max_adapter_wait of its turn,
-and each runs for at least max_adapter_wait at a time.
+have run for `max_adapter_wait` or more, and whose prompts are all computed, are preempted until
+there is room. So an adapter with k blocked ones before it gets room within about
+(2 + k / max_loras) * max_adapter_wait of its turn (and the time of running prefills); each runs for
+max_adapter_wait at least, and every sequence gains a token or more whenever it runs.
 """
 
 from collections.abc import Collection, Iterable
@@ -133,10 +134,15 @@ class AdapterRoom:
         """Whether there is room for it; if so it is on the device from the next step on."""
         return self._fits(entry) and self._place(entry)
 
-    def victim(self, now: float) -> Any:
-        """The adapter whose sequences must all be preempted next, or None: none has run enough."""
+    def victim(self, now: float, prefilling: Collection[Any]) -> Any:
+        """The adapter whose sequences must all be preempted next, or None: none has run enough.
+
+        One of those `prefilling` is spared: preempted there again and again, it would never end.
+        """
         oldest = self._oldest() if self._active else None
         if oldest is None or now - oldest.since < self.config.max_adapter_wait:
+            return None
+        if any(oldest.entry is entry for entry in prefilling):
             return None
         self._blocked[id(oldest.entry)] = now
         return oldest.entry

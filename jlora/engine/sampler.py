@@ -73,6 +73,7 @@ def empty_slots(count: int, vocab: int) -> Slots:
     )
 
 
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class SlotRow:
     """Host form of one row of `Slots`, ready to be written."""

@@ -313,7 +313,8 @@ class Scheduler:
         if entry is None:
             return
         while not self.room.ready(entry):
-            victim = self.room.victim(now)
+            prefilling = [seq.adapter for seq in self.running if seq.prefilling]
+            victim = self.room.victim(now, prefilling)
             if victim is None:
                 return
             for seq in reversed([seq for seq in self.running if seq.adapter is victim]):

@@ -1,0 +1,233 @@
+"""From options to a running engine: config, mesh, weights, rank pages, store, K/V pages, programs.
+
+The one place that knows how all parts fit together, and how memory is shared out between them.
+"""
+
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jlora.adapters.peft import read_adapter
+from jlora.adapters.pool import RankPages, page_bytes
+from jlora.adapters.store import AdapterStore
+from jlora.demo import DEMO_ADAPTERS
+from jlora.demo.model import cache_folder, demo_model_folder
+from jlora.engine.config import EngineConfig, buckets
+from jlora.engine.engine import Engine
+from jlora.engine.runner import Runner
+from jlora.errors import ParameterError
+from jlora.models.config import ModelConfig
+from jlora.models.decoder import Decoder
+from jlora.models.weights import dummy_weights, load_weights
+from jlora.options import LoraModule, ModelOptions, parse_bytes
+from jlora.parts import MemoryPlan, Parts, Progress
+from jlora.sharding import Layout, make_mesh
+from jlora.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
+CPU_KV_BYTES = 1 << 30
+"""K/V cache on a CPU unless told otherwise."""
+
+LORA_RANK = 64
+"""The default adapter budget holds max_loras adapters of this rank."""
+
+
+@dataclass(frozen=True)
+class _Platform:
+    """Defaults that depend on the hardware."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    prefill_block: int
+
+
+_PLATFORMS = {"cpu": _Platform(32, 256, 16), "gpu": _Platform(256, 2048, 64)}
+
+
+def build_engine(options: ModelOptions, *, progress: Progress | None = None) -> Parts:
+    """A started engine with its adapters loaded, all programs compiled.
+
+    Raises ModelError, AdapterError or ParameterError with one line for the user.
+    """
+    persist_programs()
+    tell = progress or (lambda what, done, total: None)
+    folder = Path(options.model) if options.model else demo_model_folder()
+    cfg = ModelConfig.from_folder(folder)
+    names = options.served_model_name or (folder.name,)
+    platform = "gpu" if jax.default_backend() == "gpu" else "cpu"
+    mesh, layout = make_mesh(options.mesh), Layout(cfg, options.mesh)
+    dtype = _dtype(options.dtype, cfg.dtype, platform)
+    model = _weights(options, folder, layout, mesh, dtype, copy_head=platform == "cpu", tell=tell)
+
+    config = _engine_config(options, cfg, _PLATFORMS[platform])
+    lora_pages = _lora_pages(options, layout, dtype)
+    rank_pages = RankPages(cfg, layout, mesh, lora_pages, dtype)
+    kv_page = _kv_page_bytes(layout, config, dtype)
+    num_pages = _kv_pages(options, config, kv_page, platform, options.mesh)
+    config.check_num_pages(num_pages)
+    runner = Runner(model, layout, mesh, rank_pages, config, num_pages)
+    shapes = buckets(config)
+    runner.warm_up(shapes, lambda done, total: tell("compiling steps", done, total))
+
+    store = AdapterStore(
+        read=lambda path: read_adapter(path, cfg),
+        stage=rank_pages.stage,
+        num_pages=min(lora_pages, config.max_rank_pages),
+        max_cpu_loras=options.max_cpu_loras,
+        host_bytes=parse_bytes(options.lora_host_memory, "lora_host_memory"),
+        reserved=names,
+        page_bytes=rank_pages.bytes_per_page * options.mesh,
+    )
+    engine = Engine(
+        runner,
+        config,
+        store,
+        shapes,
+        num_pages=num_pages,
+        eos_ids=cfg.eos_ids,
+        vocab=cfg.vocab,
+    )
+    store.on_change = engine.wake
+    _load_adapters(options, store)
+    engine.start()
+    return Parts(
+        engine=engine,
+        store=store,
+        tokenizer=Tokenizer.from_folder(folder),
+        names=names,
+        path=str(folder),
+        vocab=cfg.vocab,
+        max_logprobs=config.max_logprobs,
+        plan=MemoryPlan(
+            weights=runner.weight_bytes // options.mesh,
+            adapter_pages=rank_pages.nbytes,
+            adapter_page_count=lora_pages,
+            kv_pages=runner.kv_bytes // options.mesh,
+            kv_page_count=num_pages,
+            kv_tokens=(num_pages - 1) * config.page_size,
+        ),
+    )
+
+
+def persist_programs() -> None:
+    """Keeps compiled programs between runs, in JLORA_CACHE/xla."""
+    folder = cache_folder() / "xla"
+    folder.mkdir(parents=True, exist_ok=True)
+    jax.config.update("jax_compilation_cache_dir", os.fspath(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def _dtype(asked: str, stored: str, platform: str) -> np.dtype:
+    """auto is the checkpoint's type on a GPU; on a CPU float32, which XLA multiplies faster."""
+    if asked == "auto":
+        asked = "float32" if platform == "cpu" else stored
+    return np.dtype(jnp.dtype(asked))
+
+
+def _weights(
+    options: ModelOptions,
+    folder: Path,
+    layout: Layout,
+    mesh: jax.sharding.Mesh,
+    dtype: np.dtype,
+    *,
+    copy_head: bool,
+    tell: Progress,
+) -> Decoder:
+    if options.load_format == "dummy":
+        return dummy_weights(layout, mesh, dtype, options.seed, copy_head=copy_head)
+    return load_weights(
+        folder,
+        layout,
+        mesh,
+        dtype,
+        copy_head=copy_head,
+        progress=lambda _, done, total: tell("loading weights", done, total),
+    )
+
+
+def _engine_config(options: ModelOptions, cfg: ModelConfig, platform: _Platform) -> EngineConfig:
+    if options.max_model_len is not None and options.max_model_len > cfg.max_positions:
+        raise ParameterError(
+            f"--max-model-len {options.max_model_len} is more than the {cfg.max_positions} "
+            f"positions of {cfg.name}",
+            "max_model_len",
+        )
+    block = platform.prefill_block
+    tokens = options.max_num_batched_tokens or platform.max_num_batched_tokens
+    return EngineConfig(
+        max_model_len=options.max_model_len or cfg.max_positions,
+        max_num_seqs=options.max_num_seqs or platform.max_num_seqs,
+        max_num_batched_tokens=-(-tokens // block) * block,
+        max_loras=options.max_loras,
+        prefill_block=block,
+        enable_prefix_caching=options.enable_prefix_caching,
+        max_logprobs=min(options.max_logprobs, cfg.vocab),
+        seed=options.seed,
+    )
+
+
+def _lora_pages(options: ModelOptions, layout: Layout, dtype: np.dtype) -> int:
+    """Rank pages that the adapter budget buys on each device."""
+    budget = parse_bytes(options.lora_memory, "lora_memory")
+    if budget is None:
+        return options.max_loras * LORA_RANK // 16
+    each = page_bytes(layout, dtype)
+    if budget < each:
+        raise ParameterError(
+            f"--lora-memory {options.lora_memory} is less than one rank page of {each} bytes "
+            "(16 ranks of all projections)",
+            "lora_memory",
+        )
+    return budget // each
+
+
+def _kv_page_bytes(layout: Layout, config: EngineConfig, dtype: np.dtype) -> int:
+    """Bytes of one K/V page over all devices."""
+    cfg = layout.cfg
+    token = 2 * cfg.layers * layout.kv_heads * cfg.head_dim * dtype.itemsize
+    return token * config.page_size
+
+
+def _kv_pages(
+    options: ModelOptions, config: EngineConfig, page: int, platform: str, devices: int
+) -> int:
+    """K/V pages that the memory buys, the trash page included."""
+    useful = config.max_num_seqs * -(-config.max_model_len // config.page_size) + 1
+    budget = parse_bytes(options.kv_cache_memory, "kv_cache_memory")
+    if budget is None and platform == "cpu":
+        budget = CPU_KV_BYTES
+    elif budget is None:
+        free = []
+        for device in jax.devices()[:devices]:
+            stats = device.memory_stats() or {}
+            limit = int(stats.get("bytes_limit", 0) * options.gpu_memory_utilization)
+            free.append(limit - stats.get("bytes_in_use", 0))
+        budget = max(0, min(free)) * devices
+    return min(useful, budget // page)
+
+
+def _load_adapters(options: ModelOptions, store: AdapterStore) -> None:
+    """The adapters of the command line; the embedded model brings its demo adapters."""
+    modules = list(options.adapters)
+    if options.model is None:
+        named = {module.name for module in modules}
+        demo = (LoraModule(name=name, path=str(path)) for name, path in DEMO_ADAPTERS.items())
+        modules = [module for module in demo if module.name not in named] + modules
+    for module in modules:
+        entry = store.load(module.name, module.path, pinned=module.pinned)
+        log.info(
+            "adapter %s: %d modules bound (%s), rank %d, %.1f MB",
+            entry.name,
+            len(entry.modules),
+            ", ".join(entry.modules),
+            entry.rank,
+            entry.nbytes / 1e6,
+        )
