@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any, Protocol
 
-from jlora.engine.config import RANK_PAGE, EngineConfig
+from jlora.engine.config import EngineConfig
 
 
 class Store(Protocol):
@@ -25,7 +25,7 @@ class Store(Protocol):
         """Begin to read the adapter into host memory, unless it is there or being read."""
 
     def host_ready(self, entry: Any) -> bool:
-        """Whether `place` can work on it now."""
+        """Whether `place` can work on it now; if not, and it has no `error`, reading has begun."""
         ...
 
     def place(self, entry: Any, keep: Collection[Any]) -> Any:
@@ -71,7 +71,7 @@ class AdapterRoom:
             return None
         if not self.store.host_ready(entry):
             return None if entry.error is None else str(entry.error)
-        if _rank_pages(entry) > self.config.max_rank_pages:
+        if entry.pages > self.config.max_rank_pages:
             return (
                 f"the adapter has rank {entry.rank}, this server runs {self.config.max_rank} "
                 "at most (16 * the largest of rank_page_buckets)"
@@ -83,7 +83,6 @@ class AdapterRoom:
         if id(entry) in self._active:
             return self._claim is None or entry is not self._oldest().entry
         if not self.store.host_ready(entry):
-            self.store.prefetch(entry)  # it may have been evicted from the host meanwhile
             return False
         claimed = self._claim is not None and self._claim is not entry
         if claimed or not self._fits(entry):
@@ -152,20 +151,18 @@ class AdapterRoom:
 
     def _fits(self, entry: Any) -> bool:
         """Whether it may be in a step beside the running ones, by number and by rank pages."""
-        used = sum(_rank_pages(active.entry) for active in self._active.values())
+        used = sum(active.entry.pages for active in self._active.values())
         return (
             len(self._active) < self.config.max_loras
-            and used + _rank_pages(entry) <= self.config.max_rank_pages
+            and used + entry.pages <= self.config.max_rank_pages
         )
 
     def _place(self, entry: Any) -> bool:
+        # Adapters that left the running ones just now may still be in a dispatched step. Their
+        # pages can be taken all the same: the device writes them after that step.
         placement = self.store.place(entry, self.running)
         if placement is None:
             return False
         if placement.pages:  # none: it is on the device already
             self._placements.append(placement)
         return True
-
-
-def _rank_pages(entry: Any) -> int:
-    return -(-entry.rank // RANK_PAGE)

@@ -4,9 +4,10 @@ The device is honest about order: a step runs when it is dispatched, its tokens 
 Each KV entry holds the whole history that it stands for, so any mix-up of pages is noticed.
 """
 
+import time
 import zlib
 from collections import defaultdict
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -34,7 +35,7 @@ class Entry:
     rank: int = 8
     uid: str = ""
     error: str | None = None
-    acquired: int = 0
+    in_flight: int = 0
     loads_at: int = 0
     """Tick at which its file is read."""
     fails: bool = False
@@ -60,7 +61,8 @@ class Store:
         self.asked.add(entry)
 
     def host_ready(self, entry: Entry) -> bool:
-        ready = entry in self.asked and self.tick >= entry.loads_at
+        self.asked.add(entry)
+        ready = self.tick >= entry.loads_at
         if ready and entry.fails:
             entry.error = f"{entry.name} is broken"
         return ready and not entry.fails
@@ -78,9 +80,15 @@ class Store:
         self.placed[entry] = pages
         return SimpleNamespace(entry=entry, staged=entry, pages=pages)
 
+    def pages(self, entry: Entry) -> list[int]:
+        return list(self.placed.get(entry, ()))
+
+    def acquire(self, entry: Entry) -> None:
+        entry.in_flight += 1
+
     def release(self, entry: Entry) -> None:
-        entry.acquired -= 1
-        assert entry.acquired >= 0
+        entry.in_flight -= 1
+        assert entry.in_flight >= 0
 
 
 @dataclass
@@ -89,19 +97,21 @@ class Device:
 
     page_size: int
     kv: dict[int, dict[int, tuple]] = field(default_factory=lambda: defaultdict(dict))
-    rank_pages: dict[int, Entry] = field(default_factory=dict)
-    slots: dict[int, int] = field(default_factory=dict)
+    rank_pages: dict[int, Any] = field(default_factory=dict)
+    slots: dict[int | None, int] = field(default_factory=dict)
     unread: dict[Sequence, list[int]] = field(default_factory=lambda: defaultdict(list))
 
-    def run(self, plan: Plan, store: Store) -> dict[str, int]:
+    def run(self, plan: Plan, store: Any) -> dict[str, int]:
         for placement in plan.placements:
             for page in placement.pages:
-                self.rank_pages[page] = placement.staged
+                self.rank_pages[page] = placement.entry
         sampled = {}
         for chunk in (*plan.decodes, *plan.prefills):
             seq = chunk.seq
             if seq.adapter is not None:
-                assert all(self.rank_pages[p] is seq.adapter for p in store.placed[seq.adapter])
+                pages = store.pages(seq.adapter)
+                assert len(pages) == seq.adapter.pages
+                assert all(self.rank_pages[page] is seq.adapter for page in pages)
             uid = None if seq.adapter is None else seq.adapter.uid
             tokens = seq.tokens + self.unread[seq]
             assert chunk.stop <= len(tokens)
@@ -156,11 +166,17 @@ class Loop:
     """An engine's loop: one step ahead of the tokens, or not."""
 
     def __init__(
-        self, config: EngineConfig, *, num_pages: int, rank_pages: int = 8, pipelined: bool = True
+        self,
+        config: EngineConfig,
+        *,
+        num_pages: int,
+        rank_pages: int = 8,
+        pipelined: bool = True,
+        store: Any = None,
     ):
         self.config, self.pipelined = config, pipelined
         self.shapes = buckets(config)
-        self.store = Store(rank_pages)
+        self.store = store or Store(rank_pages)
         self.pages = KVPages(num_pages, config.page_size, config.enable_prefix_caching)
         self.tick = 0
         self.scheduler = Scheduler(
@@ -174,9 +190,9 @@ class Loop:
         """Tick of each request's first chunk."""
         self._unread: tuple[Plan, dict[str, int]] | None = None
 
-    def add(self, name: str, request: Request, entry: Entry | None = None) -> Sequence:
+    def add(self, name: str, request: Request, entry: Any = None) -> Sequence:
         if entry is not None:
-            entry.acquired += 1
+            self.store.acquire(entry)
         seq = self.sequences[name] = Sequence(
             request_id=name,
             prompt=list(request.prompt),
@@ -205,6 +221,8 @@ class Loop:
         if not self.pipelined:
             self._commit(dispatched)
         else:
+            if plan is None and self._unread is None:
+                self.idle()
             self._commit(self._unread)
             self._unread = dispatched
         self.check_memory()
@@ -218,7 +236,7 @@ class Loop:
             self.step()
         raise AssertionError(f"not ended after {limit} steps: {self.scheduler.waiting}")
 
-    def play(self, requests: Iterable[Request], entries: dict[str, Entry]) -> None:
+    def play(self, requests: Iterable[Request], entries: Mapping[str, Any]) -> None:
         """Add and abort each request at its time, then run to the end."""
         requests = list(requests)
         for step in range(1 + max(max(r.arrives, r.aborted or 0) for r in requests)):
@@ -231,6 +249,11 @@ class Loop:
                     self.finished.append(f"r{i}")
             self.step()
         self.run()
+
+    def idle(self) -> None:
+        """Nothing to do now; a store with threads gets a moment."""
+        if not isinstance(self.store, Store):
+            time.sleep(0.001)
 
     def _commit(self, step: tuple[Plan, dict[str, int]] | None) -> None:
         if step is not None:
@@ -289,6 +312,6 @@ class Loop:
         assert not self.scheduler.running
         assert not self.scheduler.waiting
         assert not self.scheduler.running_adapters
-        assert all(not seq.adapter.acquired for seq in self.sequences.values() if seq.adapter)
+        assert all(not seq.adapter.in_flight for seq in self.sequences.values() if seq.adapter)
         assert sorted(self.finished) == sorted(self.sequences), "each request ends exactly once"
         assert all(seq.finish_reason for seq in self.sequences.values())

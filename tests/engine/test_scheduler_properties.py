@@ -1,10 +1,14 @@
 """Hypothesis drives the scheduler through random workloads; tests/engine/fakes.py checks each step."""
 
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
+from jlora.adapters.store import AdapterStore
 from jlora.engine.config import EngineConfig
 from jlora.engine.params import SamplingParams
 from tests.engine.fakes import Entry, Loop, Request, alone
@@ -76,7 +80,7 @@ def tokens_of(loop: Loop) -> dict[str, list[int]]:
     return {name: seq.output for name, seq in loop.sequences.items()}
 
 
-@settings(max_examples=300, deadline=None, phases=PHASES)
+@settings(max_examples=200, deadline=None, phases=PHASES)
 @given(st.data())
 def test_every_request_ends_with_the_tokens_that_it_gets_alone_and_nothing_leaks(
     data: st.DataObject,
@@ -137,3 +141,37 @@ def test_a_broken_adapter_fails_its_own_requests_only(data: st.DataObject):
         seq = loop.sequences[f"r{i}"]
         assert (seq.finish_reason == "error") == (request.adapter == "b")
         assert seq.error == ("b is broken" if request.adapter == "b" else None)
+
+
+@settings(max_examples=40, deadline=None, phases=PHASES)
+@given(st.data())
+def test_the_real_store_and_the_scheduler_agree(data: st.DataObject):
+    """Adapters come and go on all three tiers of the real AdapterStore, read by its threads."""
+    work = data.draw(requests())
+    store: AdapterStore[Any] = AdapterStore(
+        read=lambda path: Path(path).name,  # pyright: ignore[reportArgumentType]
+        stage=staged,
+        num_pages=data.draw(st.integers(3, 7)),
+        max_cpu_loras=data.draw(st.sampled_from([1, 2, None])),
+    )
+    entries = {name: store.load(name, f"/adapters/{name}") for name in RANKS}
+    loop = Loop(data.draw(configs()), num_pages=30, store=store)
+    loop.play(work, entries)
+    for i, request in enumerate(work):
+        seq = loop.sequences[f"r{i}"]
+        uid = None if request.adapter is None else f"uid-{request.adapter}"
+        tokens, _ = alone(request, uid, MAX_LEN)
+        assert seq.output == (tokens[: len(seq.output)] if seq.finish_reason == "abort" else tokens)
+    store.check()
+    drains = [store.unload(name) for name in RANKS]
+    assert all(drain.done for drain in drains)
+    assert store.counters().device_pages == 0
+    store.close()
+
+
+def staged(name: Any) -> Any:
+    """What the pool would stage for the adapter in folder `name`."""
+    return SimpleNamespace(
+        uid=f"uid-{name}", base_model=None, rank=RANKS[name], modules=("q_proj",),
+        chat_template=None, nbytes=100, pages=-(-RANKS[name] // 16),
+    )  # fmt: skip
