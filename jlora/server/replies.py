@@ -36,7 +36,15 @@ class Names:
     as_ids: bool = False
 
     def text(self, token: int) -> str:
-        return f"token_id:{token}" if self.as_ids else self.tokenizer.token_text(token)
+        """The token's text; where its bytes are no whole character, OpenAI's `bytes:\\xe2\\x80`, so
+        that different tokens never share a name."""
+        if self.as_ids:
+            return f"token_id:{token}"
+        data = self.tokenizer.token_bytes(token)
+        try:
+            return data.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
     def by_id(self, scores: list[TokenLogprobs | None]) -> list[dict[str, Any] | None]:
         """vLLM's `prompt_logprobs`: for each position token id -> logprob, rank and text."""

@@ -71,6 +71,8 @@ class Service:
         self, prompts: list[list[int]], params: SamplingParams, adapter: AdapterEntry | None
     ) -> Stream:
         """Start a request on this server's loop."""
+        if not self.llm.engine.ready:
+            raise HttpError(503, "the engine has stopped; see the server's log")
         if self.waker is None:
             self.waker = LoopWaker(asyncio.get_running_loop())
         stream = self.llm.stream(prompts, params, adapter=adapter, waker=self.waker)

@@ -1,0 +1,87 @@
+"""Running the application under uvicorn: a bound socket, a drain on SIGTERM or Ctrl-C, exit 0."""
+
+import logging
+import signal
+import socket
+import threading
+from collections.abc import Callable
+from types import FrameType
+
+import uvicorn
+from starlette.applications import Starlette
+
+from jlora.errors import ParameterError
+from jlora.llm import LLM
+from jlora.options import ServeOptions
+from jlora.server.app import create_app
+from jlora.server.service import Service
+
+log = logging.getLogger(__name__)
+
+
+class Server(uvicorn.Server):
+    """uvicorn that refuses new requests as soon as it is asked to stop."""
+
+    def __init__(self, config: uvicorn.Config, service: Service, on_start: Callable[[], None]):
+        super().__init__(config)
+        self._service = service
+        self._on_start = on_start
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            self._on_start()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self.stop()
+        super().handle_exit(sig, frame)
+
+    def stop(self) -> None:
+        """Begin to drain; may be called from any thread."""
+        if not self._service.draining:
+            log.info("stopping: running requests get %g s", self._service.options.shutdown_timeout)
+        self._service.draining = True
+        self.should_exit = True
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A bound socket that does not listen yet; ParameterError when the address cannot be had."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, _, _, _, address = found[0]
+        sock = socket.socket(family, socket.SOCK_STREAM)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+    except OSError as error:
+        why = error.strerror or error
+        raise ParameterError(f"cannot listen on {host} port {port}: {why}", "port") from None
+    return sock
+
+
+def make_server(
+    llm: LLM,
+    options: ServeOptions,
+    *,
+    version: str = "",
+    on_start: Callable[[], None] = lambda: None,
+) -> Server:
+    """A server that is ready to run, with its application."""
+    app: Starlette = create_app(llm, options, version=version)
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=options.log_level == "debug",
+        timeout_graceful_shutdown=max(1, round(options.shutdown_timeout)),
+        timeout_keep_alive=75,
+        server_header=False,
+    )
+    return Server(config, app.state.service, on_start)
+
+
+def run(server: Server, sock: socket.socket) -> None:
+    """Serve until SIGTERM or Ctrl-C; returns when running requests have ended or were cut."""
+    if threading.current_thread() is threading.main_thread():
+        # uvicorn raises the signal again when it is done; an orderly end is not a crash.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: None)
+    server.run(sockets=[sock])
