@@ -175,6 +175,11 @@ def save(model: PeftModel, folder: Path) -> None:
     weights = aside / "adapter_model.safetensors"
     rounded = {name: tensor.to(torch.bfloat16) for name, tensor in load_file(weights).items()}
     save_file(rounded, weights, metadata={"format": "pt"})
+    config = aside / "adapter_config.json"
+    # peft keeps the targets in a set: their order would change with the hash seed.
+    facts = json.loads(config.read_text())
+    facts["target_modules"] = sorted(facts["target_modules"])
+    config.write_text(json.dumps(facts, indent=2) + "\n")
     for file in aside.iterdir():
         file.chmod(0o644)
     shutil.rmtree(folder, ignore_errors=True)
