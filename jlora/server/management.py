@@ -32,9 +32,11 @@ def _gate(service: Service) -> None:
         )
 
 
-async def _load(service: Service, body: LoadBody) -> AdapterEntry:
+async def _load(request: Request) -> AdapterEntry:
     """Read and register an adapter on a loader's thread: the loop and the engine go on."""
+    service = service_of(request)
     _gate(service)
+    body = await read(request, LoadBody)
     if not (body.adapter and body.path):
         param = "lora_path" if body.adapter else "lora_name"
         raise HttpError(400, "Both 'lora_name' and 'lora_path' must be provided.", param)
@@ -62,9 +64,11 @@ def _locate(path: str, roots: tuple[str, ...]) -> str:
     return str(allowed_path(candidates[-1], roots))
 
 
-async def _unload(service: Service, body: UnloadBody) -> Drain:
+async def _unload(request: Request) -> Drain:
     """Drop the name, then wait until running requests have ended and the memory is free."""
+    service = service_of(request)
     _gate(service)
+    body = await read(request, UnloadBody)
     if not body.adapter:
         raise HttpError(
             400, "'lora_name' needs to be provided to unload a LoRA adapter.", "lora_name"
@@ -88,12 +92,12 @@ def _freed(drain: Drain) -> str:
 
 async def load_vllm(request: Request) -> Response:
     """vLLM's answer is plain text."""
-    entry = await _load(service_of(request), await read(request, LoadBody))
+    entry = await _load(request)
     return PlainTextResponse(f"Success: LoRA adapter '{entry.name}' added successfully.")
 
 
 async def unload_vllm(request: Request) -> Response:
-    drain = await _unload(service_of(request), await read(request, UnloadBody))
+    drain = await _unload(request)
     text = f"Success: LoRA adapter '{drain.entry.name}' removed successfully."
     return PlainTextResponse(f"{text} {_freed(drain)}")
 
@@ -116,7 +120,7 @@ def _sglang(service: Service, error: JloraError | None = None) -> Json:
 async def load_sglang(request: Request) -> Response:
     service = service_of(request)
     try:
-        await _load(service, await read(request, LoadBody))
+        await _load(request)
     except JloraError as error:
         return _sglang(service, error)
     return _sglang(service)
@@ -125,7 +129,7 @@ async def load_sglang(request: Request) -> Response:
 async def unload_sglang(request: Request) -> Response:
     service = service_of(request)
     try:
-        await _unload(service, await read(request, UnloadBody))
+        await _unload(request)
     except JloraError as error:
         return _sglang(service, error)
     return _sglang(service)
