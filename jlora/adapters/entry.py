@@ -179,18 +179,16 @@ def allowed_path(path: str | Path, roots: Collection[str | Path]) -> Path:
     """
     if not roots:
         raise AdapterError("loading adapters at run time is off; start with --lora-dir ROOT")
+    if not str(path).isprintable():
+        raise AdapterError(f"adapter path {str(path)!r} holds control characters")
     allowed = [os.path.realpath(root) for root in roots]
 
     def inside(real: str) -> bool:
         return any(os.path.commonpath([real, root]) == root for root in allowed)
 
-    try:
-        real = os.path.realpath(path)
-    except (OSError, ValueError) as error:
-        raise AdapterError(f"adapter path {str(path)!r} is not a path: {error}") from None
-    if not inside(
-        real
-    ):  # before any look at the disk's content: what exists elsewhere stays unknown
+    real = os.path.realpath(path)
+    # Before any look at the disk's content: what exists elsewhere stays unknown.
+    if not inside(real):
         raise AdapterError(
             f"adapter path {str(path)!r} is outside of the folders given with --lora-dir"
         )

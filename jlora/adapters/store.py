@@ -100,7 +100,7 @@ class AdapterStore(Generic[S]):
         with self._lock:
             self._check_free(name, replace)
             old = self._names.get(name)
-            self._tiers.check_fits(record, (r for r in self._names.values() if r is not old))
+            self._tiers.check_fits(record, leaving=old)
             if old is not None:
                 self._start_drain(old)
             self._names[name] = self._tiers.records[entry] = record
@@ -277,8 +277,8 @@ class AdapterStore(Generic[S]):
 
     def _start_drain(self, record: Record[S]) -> Drain:
         del self._names[record.entry.name]
-        record.drain = Drain(record.entry)
-        drain = record.drain
+        record.entry.pinned = False
+        drain = record.drain = Drain(record.entry)
         if record.entry.in_flight == 0:
             self._free_record(record)
         return drain
@@ -360,7 +360,7 @@ class AdapterStore(Generic[S]):
         if staged is not None and staged.uid != entry.uid:
             pages, entry.nbytes, entry.pages = entry.pages, staged.nbytes, staged.pages
             try:
-                self._tiers.check_fits(record, self._names.values())
+                self._tiers.check_fits(record)
                 if staged.nbytes > known and not self._tiers.make_host_room(staged.nbytes):
                     raise AdapterError(
                         f"Loading lora {entry.name} failed: its new content needs {staged.nbytes} "

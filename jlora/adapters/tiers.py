@@ -5,7 +5,7 @@ the device, nor out of host memory while that is their only copy.
 """
 
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Generic
 
@@ -66,21 +66,25 @@ class Tiers(Generic[S]):
         """Rank pages without an owner."""
         self.evictions = {"host": 0, "device": 0}
 
-    def check_fits(self, record: Record[S], live: Iterable[Record[S]]) -> None:
-        """Every adapter must fit on its tiers beside all pinned ones, else it could never run."""
-        entries = [other.entry for other in live if other is not record] + [record.entry]
+    def check_fits(self, record: Record[S], leaving: Record[S] | None = None) -> None:
+        """Every adapter must fit on its tiers beside all pinned ones, else it could never run;
+        `leaving`, and those that drain, count while requests hold them, but not as pinned."""
+        others = [r for r in self.records.values() if r is not record]
+        entries = [r.entry for r in others if r is not leaving or r.entry.in_flight]
+        entries.append(record.entry)
+        pins = {e for e in entries if e.pinned and (leaving is None or e is not leaving.entry)}
         for what, size, limit in (
             ("device rank pages", lambda entry: entry.pages, self.num_pages),
             ("bytes of host memory", lambda entry: entry.nbytes, self.host_bytes),
             ("adapters in host memory (max_cpu_loras)", lambda entry: 1, self.max_cpu_loras),
         ):
-            pinned = sum(size(entry) for entry in entries if entry.pinned)
-            others = max((size(entry) for entry in entries if not entry.pinned), default=0)
-            if limit is not None and pinned + others > limit:
+            pinned = sum(size(entry) for entry in pins)
+            largest = max((size(entry) for entry in entries if entry not in pins), default=0)
+            if limit is not None and pinned + largest > limit:
                 raise AdapterError(
                     f"Loading lora {record.entry.name} failed: {size(record.entry)} {what} are "
                     f"needed, {limit} are there; with it, pinned adapters take {pinned} and the "
-                    f"largest other one {others}"
+                    f"largest other one {largest}"
                 )
 
     def make_device_room(self, need: int, keep: Collection[AdapterEntry]) -> bool:
