@@ -37,6 +37,7 @@ def test_a_match_never_covers_the_last_token_and_respects_max_tokens():
     assert pages.match(None, [1, 2, 3, 4, 5, 6, 7]) == held
     assert pages.match(None, [1, 2, 3, 4, 5, 6, 7], max_tokens=3) == held[:1]
     assert pages.match(None, [1, 2, 3, 4, 5, 6, 7], max_tokens=0) == []
+    assert pages.match(None, [1, 2, 3, 4, 5, 6], max_tokens=6) == held[:2]
     assert pages.match(None, [1, 2]) == []
     assert pages.match(None, [1, 9, 3, 4, 5]) == []
 

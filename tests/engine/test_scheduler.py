@@ -1,5 +1,6 @@
 """The scheduler's rules one by one, on small workloads with a fake device."""
 
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +12,7 @@ from jlora.engine.params import SamplingParams
 from jlora.engine.scheduler import Scheduler
 from jlora.engine.sequence import Sequence, Status
 from jlora.errors import ParameterError
-from tests.engine.fakes import STEP_SECONDS, Entry, Loop, Request, Store, next_token
+from tests.engine.fakes import STEP_SECONDS, Entry, Loop, Request, Store, alone, next_token
 
 LONG = SamplingParams(max_tokens=None, ignore_eos=True)
 
@@ -379,3 +380,63 @@ def test_a_pool_that_cannot_hold_one_full_sequence_is_refused():
     config = EngineConfig(max_model_len=64, page_size=4)
     with pytest.raises(ParameterError, match="17 are needed"):
         Scheduler(config, KVPages(16, 4), Store(4))
+
+
+def test_nobody_takes_the_pages_of_a_preempted_sequence_before_it():
+    loop = make(num_pages=17, max_num_seqs=4)
+    first, second = loop.add("a", new(10)), loop.add("b", new(10, first=2))
+    while loop.pages.num_free > 2:
+        loop.step()
+    loop.add("small", new(2, max_tokens=2, first=3))
+    while not second.preemptions:
+        loop.step()
+    assert not first.finished
+    while "small" not in loop.started:
+        loop.step()
+    assert first.finished
+    loop.run()
+
+
+def test_a_rotated_sequence_waits_for_its_token_in_flight_before_it_runs_again():
+    """Room for the claim needs two adapters preempted, and then one of them fits beside it."""
+    loop = make(
+        max_loras=4, rank_page_buckets=(4,), rank_pages=8, max_adapter_wait=WAIT, num_pages=200,
+    )  # fmt: skip
+    for name, rank in [("narrow", 16), ("broad", 48)]:
+        loop.add(name, new(3, first=rank), Entry(name, rank=rank))
+        loop.step()
+    loop.add("cold", new(3, first=5), Entry("cold", rank=48))
+    while "cold" not in loop.started:
+        loop.step()
+    narrow = loop.sequences["narrow"]
+    assert narrow.preemptions == 1
+    assert narrow.status is Status.WAITING
+    loop.step()
+    assert narrow.status is Status.RUNNING
+    loop.run()
+    request = new(3, first=16)
+    assert narrow.output == alone(request, "uid-narrow", 64)[0]
+
+
+def test_a_smaller_adapter_does_not_steal_the_room_that_the_claim_waits_for():
+    loop = make(max_loras=4, rank_page_buckets=(4,), max_adapter_wait=WAIT, num_pages=200)
+    loop.add("ends", new(3, max_tokens=8), Entry("a", rank=32))
+    loop.add("stays", new(3, first=2), Entry("b", rank=32))
+    loop.step()
+    loop.add("wide", new(3, max_tokens=3, first=3), Entry("wide", rank=64))
+    loop.add("narrow", new(3, max_tokens=3, first=4), Entry("narrow", rank=32))
+    loop.run()
+    assert loop.started["wide"] < loop.started["narrow"]
+    assert (loop.started["wide"] - 1) * STEP_SECONDS <= 2 * WAIT + 2 * STEP_SECONDS
+
+
+def test_an_adapter_runs_for_the_whole_wait_before_it_is_rotated_away():
+    loop = make(max_loras=1, max_adapter_wait=WAIT, max_model_len=400, num_pages=500)
+    for i in range(3):
+        loop.add(str(i), Request(prompt=[1, 2, i], params=LONG), Entry(str(i)))
+    for _ in range(60):
+        loop.step()
+    ran = [plan.adapters[0].name for plan in loop.plans if plan is not None and plan.adapters]
+    runs = [len(list(group)) for _, group in itertools.groupby(ran)]
+    assert len(runs) > 5
+    assert min(runs[:-1]) >= round(WAIT / STEP_SECONDS)
