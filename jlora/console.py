@@ -2,6 +2,7 @@
 memory plan.
 """
 
+import importlib.metadata
 import logging
 import os
 import sys
@@ -62,6 +63,14 @@ class ProgressBars:
         if what not in self._tasks:
             self._tasks[what] = self._progress.add_task(what, total=total)
         self._progress.update(self._tasks[what], completed=done, total=total)
+
+
+def version() -> str:
+    """jlora's version as it was installed."""
+    try:
+        return importlib.metadata.version("jlora")
+    except importlib.metadata.PackageNotFoundError:  # run from a checkout
+        return "checkout"
 
 
 def size(count: int) -> str:

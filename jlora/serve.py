@@ -1,7 +1,6 @@
 """`python -m jlora.serve`: a base model and its adapters behind OpenAI's HTTP API."""
 
 import dataclasses
-import importlib.metadata
 import logging
 import os
 import signal
@@ -9,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from jlora.cli import fail, parse
-from jlora.console import ProgressBars, memory_plan, prepare_devices, setup_logging
+from jlora.console import ProgressBars, memory_plan, prepare_devices, setup_logging, version
 from jlora.errors import JloraError
 from jlora.llm import LLM
 from jlora.options import ServeOptions
@@ -39,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     server = make_server(
         llm,
         options,
-        version=importlib.metadata.version("jlora"),
+        version=version(),
         on_start=lambda: print(welcome(llm, options, address), flush=True),
     )
     run(server, sock)

@@ -282,6 +282,13 @@ class Stream:
             if deltas:
                 yield deltas
 
+    def cut(self) -> None:
+        """End it now; the reader gets a last delta with reason "abort" for every choice."""
+        for choice in self.choices:
+            if choice.finish_reason is None:
+                self._abort(choice.request_id)
+                self._receiver(choice)(Event(request_id=choice.request_id, finish_reason="abort"))
+
     def close(self) -> None:
         """Abort every choice that still runs. May be called from any thread, more than once."""
         for choice in self.choices:

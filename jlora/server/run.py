@@ -1,6 +1,8 @@
 """Running the application under uvicorn: a bound socket, a drain on SIGTERM or Ctrl-C, exit 0."""
 
+import asyncio
 import logging
+import math
 import signal
 import socket
 import threading
@@ -18,6 +20,9 @@ from jlora.server.service import Service
 
 log = logging.getLogger(__name__)
 
+CUT_SECONDS = 3
+"""How long requests that were cut may take to tell their clients."""
+
 
 class Server(uvicorn.Server):
     """uvicorn that refuses new requests as soon as it is asked to stop."""
@@ -28,19 +33,22 @@ class Server(uvicorn.Server):
         self._on_start = on_start
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
         if self.started:
             self._on_start()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        super().handle_exit(sig, frame)  # a second Ctrl-C ends at once
         self.stop()
-        super().handle_exit(sig, frame)
 
     def stop(self) -> None:
         """Begin to drain; may be called from any thread."""
         if not self._service.draining:
-            log.info("stopping: running requests get %g s", self._service.options.shutdown_timeout)
-        self._service.draining = True
+            self._service.draining = True
+            seconds = self._service.options.shutdown_timeout
+            log.info("stopping: running requests get %g s", seconds)
+            self._loop.call_soon_threadsafe(self._loop.call_later, seconds, self._service.cut)
         self.should_exit = True
 
 
@@ -71,7 +79,8 @@ def make_server(
         app,
         log_config=None,
         access_log=options.log_level == "debug",
-        timeout_graceful_shutdown=max(1, round(options.shutdown_timeout)),
+        # Only for what a cut stream does not end, such as an adapter that is being read.
+        timeout_graceful_shutdown=math.ceil(options.shutdown_timeout) + CUT_SECONDS,
         timeout_keep_alive=75,
         server_header=False,
     )

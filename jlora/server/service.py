@@ -4,6 +4,7 @@ client, server-sent events.
 
 import asyncio
 import hmac
+import logging
 import time
 from collections.abc import AsyncIterator, Coroutine
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +26,7 @@ from jlora.server.metrics import Metrics
 from jlora.stream import Delta, LoopWaker, Stream
 
 T = TypeVar("T")
+log = logging.getLogger(__name__)
 DONE = b"data: [DONE]\n\n"
 
 
@@ -39,6 +41,8 @@ class Service:
     """True from SIGTERM on: requests that run may end, new ones are refused."""
     created: int = field(default_factory=lambda: int(time.time()))
     waker: LoopWaker | None = None
+    streams: set[Stream] = field(default_factory=set)
+    """Requests that run."""
     loaders: ThreadPoolExecutor = field(
         default_factory=lambda: ThreadPoolExecutor(2, thread_name_prefix="adapter-load")
     )
@@ -77,6 +81,7 @@ class Service:
             self.waker = LoopWaker(asyncio.get_running_loop())
         stream = self.llm.stream(prompts, params, adapter=adapter, waker=self.waker)
         self.metrics.started(stream)
+        self.streams.add(stream)
         return stream
 
     async def deltas(self, stream: Stream) -> AsyncIterator[list[Delta]]:
@@ -101,7 +106,15 @@ class Service:
     def close(self, stream: Stream) -> None:
         """End a request, whatever happened: abort what still runs, count it once."""
         stream.close()
+        self.streams.discard(stream)
         self.metrics.ended(stream)
+
+    def cut(self) -> None:
+        """End every running request now; their clients get what is there, with reason "abort"."""
+        if self.streams:
+            log.warning("cutting %d running requests", len(self.streams))
+        for stream in list(self.streams):
+            stream.cut()
 
 
 async def read_body(request: Request, limit: int) -> bytes:

@@ -35,10 +35,10 @@ class Running:
         assert isinstance(self.llm.engine, FakeEngine)
         return self.llm.engine
 
-    def client(self, key: str = "none") -> openai.OpenAI:
+    def client(self, key: str = "none") -> Any:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=30)
 
-    def async_client(self) -> openai.AsyncOpenAI:
+    def async_client(self) -> Any:
         return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
 
     def post(self, path: str, body: Any = None, **options: Any) -> httpx.Response:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, cast
 
 from jlora.adapters.store import AdapterEntry, AdapterStore
 from jlora.engine.params import SamplingParams
@@ -211,11 +212,11 @@ class FakeEngine:
         self._stop, self.ready = True, False
 
 
-def fake_llm(tokenizer: Tokenizer, **store_options: int) -> LLM:
+def fake_llm(tokenizer: Tokenizer, **store_options: Any) -> LLM:
     """A model named `tiny` that stands on the fake engine."""
     store: AdapterStore = AdapterStore(
-        read=fake_read,  # type: ignore[arg-type]
-        stage=lambda adapter: adapter,
+        read=cast(Any, fake_read),
+        stage=cast(Any, lambda adapter: adapter),
         num_pages=16,
         reserved=("tiny", "tiny-alias"),
         **store_options,

@@ -243,6 +243,7 @@ def test_a_client_that_leaves_before_the_reply_frees_its_request(server: Running
 
 def test_an_adapter_that_breaks_on_disk_is_its_owners_error(server: Running):
     entry = server.llm.resolve("shout")
+    assert entry is not None
     server.engine.hold()
     got: list[httpx.Response] = []
     threads = [

@@ -111,7 +111,9 @@ def test_a_batch_of_prompts_keeps_its_order(server: Running):
 def test_samples_of_one_prompt_have_their_own_seeds(server: Running):
     server.client().completions.create(model="shout", prompt="a", n=3, seed=7)
     assert [request.params.seed for request in server.engine.requests] == [7, 8, 9]
-    assert all(request.adapter.name == "shout" for request in server.engine.requests)
+    assert all(
+        request.adapter and request.adapter.name == "shout" for request in server.engine.requests
+    )
 
 
 def test_every_sampling_field_reaches_the_engine(server: Running):
