@@ -33,9 +33,6 @@ class LLM:
     def __init__(
         self, model: str | None = None, *, progress: Progress | None = None, **options: Any
     ):
-        # Lazy: building imports jax, which the server's tests and --help do without.
-        from jlora.build import build_engine
-
         known = {field.name for field in dataclasses.fields(ModelOptions)}
         if unknown := sorted(set(options) - known):
             raise ParameterError(
@@ -47,6 +44,9 @@ class LLM:
             elif isinstance(options.get(name), str):
                 options[name] = [options[name]]
             options[name] = tuple(str(item) for item in options.get(name) or ())
+        # Lazy: building imports jax, which the server's tests and --help do without.
+        from jlora.build import build_engine
+
         self._take(build_engine(ModelOptions(model=model, **options), progress=progress))
 
     @classmethod

@@ -1,0 +1,175 @@
+"""Flags, config files and help texts come from the dataclasses and agree with them."""
+
+import dataclasses
+import io
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import pytest
+
+from jlora.cli import build_parser, field_docs, parse
+from jlora.errors import ParameterError
+from jlora.generate import GenerateOptions
+from jlora.options import LoraModule, ModelOptions, ServeOptions, parse_bytes, parse_lora_module
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "serve").glob("*.toml"))
+
+
+def refused(argv: list[str], cls: type = ServeOptions) -> str:
+    """The one line on stderr with which a command line is refused."""
+    error = io.StringIO()
+    with redirect_stderr(error), pytest.raises(SystemExit) as caught:
+        parse(cls, argv, prog="jlora.serve", accepted=("--enable-lora",))
+    assert caught.value.code == 2
+    line = error.getvalue()
+    assert line.startswith("jlora.serve: error: ")
+    assert line.count("\n") == 1, line
+    return line
+
+
+def test_without_flags_every_field_has_its_default():
+    assert parse(ServeOptions, []) == ServeOptions()
+
+
+def test_vllms_command_line_is_understood(tmp_path: Path):
+    got = parse(
+        ServeOptions,
+        [
+            "--model", "m", "--served-model-name", "a", "b", "--enable-lora",
+            "--lora-modules", "x=/x", '{"name": "y", "path": "/y", "base_model_name": "a"}',
+            "--max-loras", "4", "--max-cpu-loras", "9", "--max-model-len", "512",
+            "--max-num-seqs", "16", "--max-num-batched-tokens", "64", "--gpu-memory-utilization",
+            "0.5", "--dtype", "bfloat16", "--api-key", "k1", "k2", "--host", "::1", "--port", "0",
+            "--max-logprobs", "5", "--mesh", "2", "--lora-dir", str(tmp_path),
+            "--no-enable-prefix-caching", "--tensor-parallel-size", "3",
+        ],
+        accepted=("--enable-lora",),
+    )  # fmt: skip
+    assert got.served_model_name == ("a", "b")
+    assert got.adapters == (
+        LoraModule(name="x", path="/x"),
+        LoraModule(name="y", path="/y", base_model_name="a"),
+    )
+    assert (got.max_loras, got.max_cpu_loras, got.port, got.mesh) == (4, 9, 0, 3)
+    assert (got.gpu_memory_utilization, got.dtype, got.api_key) == (0.5, "bfloat16", ("k1", "k2"))
+    assert got.enable_prefix_caching is False
+
+
+def test_sglangs_aliases_mean_the_same():
+    got = parse(
+        ServeOptions,
+        ["--lora-paths", "a=/a", "--lora-modules", "b=/b", "--lora-paths", "/dir/c",
+         "--max-loras-per-batch", "3"],
+    )  # fmt: skip
+    assert got.lora_modules == ("a=/a", "b=/b", "/dir/c")
+    assert [module.name for module in got.adapters] == ["a", "b", "c"]
+    assert got.max_loras == 3
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--nonsense"], "--nonsense"),
+        (["--max-lora", "3"], "--max-lora"),
+        (["--port", "x"], "--port"),
+        (["--port", "70000"], "port"),
+        (["--dtype", "int4"], "int4"),
+        (["--mesh", "0"], "mesh"),
+        (["--max-loras", "8", "--max-cpu-loras", "2"], "max_cpu_loras"),
+        (["--gpu-memory-utilization", "1.5"], "gpu_memory_utilization"),
+        (["--lora-memory", "much"], "much"),
+        (["--lora-modules", "=x"], "NAME=PATH"),
+        (["--lora-modules", "{]"], "JSON"),
+        (["--lora-modules", '{"name": "a"}'], "path"),
+        (["--lora-modules", '{"name": "a", "path": "b", "evil": 1}'], "evil"),
+        (["--lora-modules", "a=x", "a=y"], "more than once"),
+        (["--lora-dir", "/does/not/exist"], "/does/not/exist"),
+        (["--api-key", ""], "api_key"),
+        (["--config", "/does/not/exist"], "/does/not/exist"),
+        (["positional"], "positional"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line(argv: list[str], words: str):
+    assert words in refused(argv)
+
+
+def write(tmp_path: Path, text: str) -> list[str]:
+    file = tmp_path / "c.toml"
+    file.write_text(text)
+    return ["--config", str(file)]
+
+
+def test_flags_win_over_the_config_file(tmp_path: Path):
+    argv = write(tmp_path, 'port = 1\nmesh = 4\nmax-loras = 3\nlora_modules = ["a=/a"]\n')
+    got = parse(ServeOptions, [*argv, "--port", "2", "--lora-modules", "b=/b"])
+    assert (got.port, got.mesh, got.max_loras, got.lora_modules) == (2, 4, 3, ("b=/b",))
+
+
+def test_lists_of_a_config_file_take_texts_and_tables(tmp_path: Path):
+    got = parse(ServeOptions, write(tmp_path, '[lora_modules]\na = "/a"\nb = "/b"\n'))
+    assert got.lora_modules == ("a=/a", "b=/b")
+    table = 'lora_modules = ["a=/a", {name = "b", path = "/b", pinned = true}]\n'
+    got = parse(ServeOptions, write(tmp_path, table))
+    assert got.adapters[1] == LoraModule(name="b", path="/b", pinned=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("prot = 1", "prot"),
+        ('port = "1"', "port"),
+        ("port = true", "port"),
+        ("port = 1.5", "port"),
+        ("enable_prefix_caching = 1", "enable_prefix_caching"),
+        ('lora_modules = "a=/a"', "list"),
+        ('dtype = "int4"', "int4"),
+        ("port = ", "TOML"),
+        ("[section]\nport = 1", "section"),
+    ],
+)
+def test_a_wrong_config_file_is_one_line(tmp_path: Path, text: str, words: str):
+    assert words in refused(write(tmp_path, text))
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
+def test_every_shipped_config_loads(file: Path):
+    assert parse(ServeOptions, ["--config", str(file)]) != ServeOptions()
+
+
+def test_there_are_shipped_configs():
+    assert len(CONFIGS) >= 3
+
+
+@pytest.mark.parametrize("cls", [ModelOptions, ServeOptions, GenerateOptions])
+def test_every_field_is_documented_and_in_the_help(cls: type):
+    docs = field_docs(cls)
+    text = io.StringIO()
+    with redirect_stdout(text), pytest.raises(SystemExit) as caught:
+        build_parser(cls, prog="x").parse_args(["--help"])
+    assert caught.value.code == 0
+    shown = " ".join(text.getvalue().split())
+    for field in dataclasses.fields(cls):
+        assert docs[field.name].endswith((".", "B", "t", "n", "s")), field.name
+        assert docs[field.name].split(".")[0].split(" ")[0] in shown
+        if not field.metadata.get("positional"):
+            assert "--" + field.name.replace("_", "-") in shown
+
+
+def test_generate_takes_a_prompt_and_an_adapter():
+    got = parse(GenerateOptions, ["What?", "--lora", "pirate", "--max-tokens", "5"])
+    assert (got.prompt, got.lora, got.max_tokens, got.temperature) == ("What?", "pirate", 5, 0.0)
+    assert "prompt" in refused([], GenerateOptions)
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("5", 5), ("1k", 1024), ("1KB", 1000), ("1KiB", 1024), ("1.5G", 3 << 29), ("2 GiB", 2 << 30), ("7B", 7)],
+)  # fmt: skip
+def test_sizes(text: str, count: int):
+    assert parse_bytes(text, "x") == count
+
+
+def test_a_path_with_an_equals_sign_keeps_it():
+    assert parse_lora_module("a=/x=y").path == "/x=y"
+    with pytest.raises(ParameterError):
+        parse_lora_module("a=")

@@ -1,0 +1,114 @@
+"""`LLM` in vLLM's Python shape, on the fake engine."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jlora.engine.params import SamplingParams
+from jlora.errors import AdapterNotFound, ParameterError
+from jlora.llm import LLM
+from jlora.outputs import LoRARequest
+from jlora.tokenizer import Tokenizer
+from tests.server.fakes import BASE_TEXT, FakeEngine, fake_llm, write_adapter
+
+LONG = SamplingParams(max_tokens=200)
+
+
+@pytest.fixture
+def llm(tokenizer: Tokenizer, tmp_path: Path) -> Iterator[LLM]:
+    with fake_llm(tokenizer) as made:
+        made.store.load("shout", write_adapter(tmp_path / "shout", "SHOUT"))
+        yield made
+
+
+def test_prompts_of_every_form_keep_their_order(llm: LLM):
+    ids = llm.tokenizer.encode("c")
+    prompts: list[Any] = ["a", {"prompt": "b"}, ids, {"prompt_token_ids": ids}]
+    got = llm.generate(prompts, LONG)
+    assert [one.prompt for one in got] == ["a", "b", None, None]
+    assert [one.outputs[0].text for one in got] == [BASE_TEXT] * 4
+    assert got[2].prompt_token_ids == ids
+    assert all(one.finished and one.outputs[0].finish_reason == "stop" for one in got)
+    assert len(llm.generate("alone")) == 1
+    assert llm.generate(ids)[0].prompt_token_ids == ids
+    assert llm.generate([]) == []
+
+
+def test_the_default_is_vllms_sixteen_tokens(llm: LLM):
+    assert len(llm.generate("a")[0].outputs[0].token_ids) == 16
+
+
+def test_a_lora_request_loads_its_path_once_and_a_new_id_reloads(llm: LLM, tmp_path: Path):
+    folder = write_adapter(tmp_path / "cat", "Meow")
+    first = LoRARequest("cat", 1, str(folder))
+    assert llm.generate("a", LONG, lora_request=first)[0].outputs[0].text == "Meow"
+    loads = llm.store.counters().loads
+    llm.generate(["a", "b"], LONG, lora_request=first)
+    assert llm.store.counters().loads == loads
+    write_adapter(folder, "Purr")
+    second = LoRARequest("cat", 2, str(folder))
+    got = llm.generate(["a", "b"], LONG, lora_request=[second, None])
+    assert [one.outputs[0].text for one in got] == ["Purr", BASE_TEXT]
+    assert got[0].lora_request == second
+
+
+def test_a_lora_request_without_a_path_names_what_is_loaded(llm: LLM):
+    assert (
+        llm.generate("a", LONG, lora_request=LoRARequest("shout", 1))[0].outputs[0].text == "SHOUT"
+    )
+    with pytest.raises(ParameterError):
+        LoRARequest("x", 0)
+    with pytest.raises(AdapterNotFound):
+        llm.generate("a", lora_request=LoRARequest("ghost", 3, "/does/not/exist"))
+
+
+def test_chat_goes_through_the_template(llm: LLM):
+    messages = [{"role": "user", "content": "hello"}]
+    one = llm.chat(messages, LONG)
+    assert "hello" in (one[0].prompt or "")
+    assert one[0].prompt != "hello"
+    two = llm.chat([messages, messages], [LONG, LONG], lora_request=LoRARequest("shout", 1))
+    assert [output.outputs[0].text for output in two] == ["SHOUT", "SHOUT"]
+
+
+def test_logprobs_have_vllms_form(llm: LLM):
+    params = SamplingParams(max_tokens=3, logprobs=2, prompt_logprobs=1)
+    (got,) = llm.generate([[5, 6, 7]], params)
+    output = got.outputs[0]
+    assert output.logprobs is not None
+    assert output.cumulative_logprob == pytest.approx(-0.75)
+    first = output.logprobs[0][output.token_ids[0]]
+    assert (first.logprob, first.rank) == (-0.25, 1)
+    assert len(output.logprobs[0]) == 2
+    assert got.prompt_logprobs is not None
+    assert got.prompt_logprobs[0] is None
+    assert got.prompt_logprobs[1] is not None
+    assert set(got.prompt_logprobs[1]) == {6}
+
+
+def test_n_samples_come_in_one_output(llm: LLM):
+    (got,) = llm.generate("a", SamplingParams(n=3, max_tokens=4))
+    assert [one.index for one in got.outputs] == [0, 1, 2]
+
+
+def test_a_bad_prompt_in_a_batch_runs_none_of_it(llm: LLM):
+    with pytest.raises(ParameterError):
+        llm.generate(["fine", ""], SamplingParams(ignore_eos=True, max_tokens=200))
+    assert isinstance(llm.engine, FakeEngine)
+    assert not llm.engine.active
+
+
+def test_closing_a_stream_aborts_what_runs(llm: LLM):
+    assert isinstance(llm.engine, FakeEngine)
+    stream = llm.stream([[5], [6]], SamplingParams(ignore_eos=True, max_tokens=200, n=2))
+    assert next(iter(stream)).token_ids
+    stream.close()
+    assert not llm.engine.active
+    assert sorted(llm.engine.aborted) == sorted(choice.request_id for choice in stream.choices)
+
+
+def test_unknown_options_are_refused_before_anything_is_loaded():
+    with pytest.raises(ParameterError, match="max_lora"):
+        LLM("folder", max_lora=3)
