@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from jlora.engine.config import EngineConfig, pick
@@ -21,7 +21,7 @@ from jlora.engine.pages import KVPages
 from jlora.engine.params import SamplingParams
 from jlora.engine.runner import Pending, Result, Runner
 from jlora.engine.scheduler import Plan, Scheduler
-from jlora.engine.sequence import Event, Sequence
+from jlora.engine.sequence import Event, Sequence, TokenLogprobs
 from jlora.errors import JloraError, ParameterError
 from jlora.shape import Shape
 
@@ -55,7 +55,16 @@ class _Client:
 
     seq: Sequence
     on_event: OnEvent
-    prompt_logprobs: list | None = None
+    prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=lambda: [None])
+    scored: bool = False
+    """The prompt's log-probabilities were sent."""
+
+    def take_prompt_logprobs(self) -> list[TokenLogprobs | None] | None:
+        """What the next event says about the prompt: everything once, then nothing."""
+        if self.seq.params.prompt_logprobs is None or self.scored:
+            return None
+        self.scored = True
+        return self.prompt_logprobs
 
 
 class Engine:
@@ -239,10 +248,10 @@ class Engine:
 
     def _commit(self, plan: Plan, pending: Pending) -> None:
         result = self.runner.collect(pending)
-        for request_id, entries in result.prompt_logprobs.items():
+        for request_id, (position, entries) in result.prompt_logprobs.items():
             client = self._clients.get(request_id)
-            if client is not None:
-                client.prompt_logprobs = (client.prompt_logprobs or [None]) + entries
+            if client is not None and not client.scored:  # a preempted prompt is scored again
+                client.prompt_logprobs = [*client.prompt_logprobs[:position], *entries]
         committed = self._scheduler.commit(plan, result.tokens)
         finished = {id(seq) for seq in committed.finished}
         for seq in committed.accepted:
@@ -257,7 +266,6 @@ class Engine:
         if client is None:
             return
         logprobs = result.logprobs.get(seq.request_id)
-        scored, client.prompt_logprobs = client.prompt_logprobs, None
         if last:
             del self._clients[seq.request_id]
         self._emit(
@@ -266,7 +274,7 @@ class Engine:
                 request_id=seq.request_id,
                 token_ids=(result.tokens[seq.request_id],),
                 logprobs=None if logprobs is None else [logprobs],
-                prompt_logprobs=scored,
+                prompt_logprobs=client.take_prompt_logprobs(),
                 finish_reason=seq.finish_reason if last else None,
                 stop_reason=seq.stop_reason,
                 num_cached_tokens=seq.num_cached,
@@ -281,7 +289,7 @@ class Engine:
                 client,
                 Event(
                     request_id=seq.request_id,
-                    prompt_logprobs=client.prompt_logprobs,
+                    prompt_logprobs=client.take_prompt_logprobs(),
                     finish_reason=seq.finish_reason,
                     num_cached_tokens=seq.num_cached,
                     error=seq.error,

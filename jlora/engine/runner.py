@@ -63,7 +63,8 @@ class Result:
     tokens: dict[str, int] = field(default_factory=dict)
     """Sampled token by request id."""
     logprobs: dict[str, TokenLogprobs] = field(default_factory=dict)
-    prompt_logprobs: dict[str, list[TokenLogprobs]] = field(default_factory=dict)
+    prompt_logprobs: dict[str, tuple[int, list[TokenLogprobs]]] = field(default_factory=dict)
+    """(position of the first, entries) by request id."""
 
 
 class Runner:
@@ -105,7 +106,7 @@ class Runner:
         self._pool_specs = jax.tree.map(lambda pool: pool.sharding.spec, rank_pages.pools)
         self._programs: dict[Shape, Callable[..., Any]] = {}
         self._score: dict[int, Callable[..., Any]] = {}
-        self._slot_owner: dict[int, tuple[str, int]] = {}
+        self._slot_owner: dict[int, tuple[int, int]] = {}
         replicated = {"out_shardings": sharding(mesh), "donate_argnums": 0}
         self._write_slot = jax.jit(sampler.write_slot, **replicated)
         self._count = jax.jit(sampler.count_tokens, **replicated)
@@ -260,7 +261,8 @@ class Runner:
         for chunk, calls in pending.scored:
             seq = chunk.seq
             wanted = seq.params.prompt_logprobs or 0
-            entries = result.prompt_logprobs.setdefault(seq.request_id, [])
+            entries: list[TokenLogprobs] = []
+            result.prompt_logprobs[seq.request_id] = (chunk.start + 1, entries)
             for count, sampled in calls:
                 host = _on_host(sampled)
                 entries += [_logprobs(host, row, wanted) for row in range(count)]
@@ -310,7 +312,7 @@ class Runner:
     def _admit(self, seq: Sequence) -> None:
         """Writes what a sequence asks of the sampler when it gets its slot (again)."""
         assert seq.slot is not None
-        stay = (seq.request_id, seq.preemptions)
+        stay = (seq.order, seq.preemptions)
         if self._slot_owner.get(seq.slot) == stay:
             return
         self._slot_owner[seq.slot] = stay
