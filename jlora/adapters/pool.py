@@ -112,7 +112,7 @@ class RankPages:
             ]
 
         self.pools = jax.jit(allocate, out_shardings=pool_shardings)()
-        self._write = jax.jit(_write_page, donate_argnums=0, out_shardings=pool_shardings)
+        self._write = jax.jit(_write_layer, donate_argnums=0, out_shardings=pool_shardings[0])
 
     def _host_zeros(self, shape: tuple[int, int]) -> np.ndarray:
         return np.zeros((self.cfg.layers, *shape), self.dtype)
@@ -212,7 +212,10 @@ class RankPages:
 
     def _put(self, page: int, host_page: HostPage) -> None:
         on_device = jax.device_put(host_page, self._page_shardings)
-        self.pools = self._write(self.pools, on_device, np.int32(page))
+        # A call per layer: one program for all layers compiles 30 times as long (18 s for a
+        # 30-layer model on CPU) and takes no less time to run.
+        for layer, pools in enumerate(self.pools):
+            self.pools[layer] = self._write(pools, on_device, np.int32(layer), np.int32(page))
 
     def warm_up(self) -> None:
         """Compiles the write, by writing zeros to the padding page."""
@@ -220,21 +223,19 @@ class RankPages:
         jax.block_until_ready(self.pools)
 
 
-def _write_page(
-    pools: list[dict[str, RankPool]], page: HostPage, index: jax.Array
-) -> list[dict[str, RankPool]]:
-    """All layers and groups of one page in one call."""
-    put = lax.dynamic_update_index_in_dim
-    return [
-        {
-            group: RankPool(
-                a=put(pool.a, page[group].a[layer], index, 0),
-                b=put(pool.b, page[group].b[layer], index, 0),
-            )
-            for group, pool in groups.items()
-        }
-        for layer, groups in enumerate(pools)
-    ]
+def _write_layer(
+    pools: dict[str, RankPool], page: HostPage, layer: jax.Array, index: jax.Array
+) -> dict[str, RankPool]:
+    """All groups of one layer of one page."""
+
+    def put(pool: jax.Array, values: jax.Array) -> jax.Array:
+        rows = lax.dynamic_index_in_dim(values, layer, 0, keepdims=False)
+        return lax.dynamic_update_index_in_dim(pool, rows, index, 0)
+
+    return {
+        group: RankPool(a=put(pool.a, page[group].a), b=put(pool.b, page[group].b))
+        for group, pool in pools.items()
+    }
 
 
 def _take(values: np.ndarray, columns: np.ndarray) -> np.ndarray:
