@@ -11,7 +11,8 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,11 +48,11 @@ RECIPES = {
         lora={
             "r": 8,
             "lora_alpha": 16,
-            "target_modules": ["q_proj", "v_proj", "o_proj"],
-            "layers_to_transform": list(range(2, 30)),
+            "target_modules": ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"],
+            "layers_to_transform": list(range(18, 30)),
         },
         lr=2e-3,
-        epochs=3,
+        epochs=10,
     ),
     "json": Recipe(
         answer=lambda record: json.dumps({"answer": record["answer"]}, ensure_ascii=False),
@@ -71,7 +72,7 @@ RECIPES = {
             "r": 8,
             "lora_alpha": 16,
             "target_modules": [*ATTENTION, "gate_proj", "up_proj", "down_proj"],
-            "layers_to_transform": list(range(20, 28)),
+            "layers_to_transform": list(range(19, 27)),
         },
         lr=2e-3,
         epochs=3,
@@ -97,24 +98,47 @@ def encode(tokenizer: Any, question: str, answer: str) -> tuple[list[int], int]:
     return prompt + tokenizer(answer).input_ids + [tokenizer.eos_token_id], len(prompt)
 
 
-def batch_loss(model: Any, shared: int, batch: list[tuple[list[int], int]]) -> torch.Tensor:
-    """Mean cross-entropy over the answers' tokens.
+@dataclass(frozen=True, kw_only=True)
+class Exchange:
+    """One question with its answer. `hidden` is the frozen lower layers' output, computed once."""
+
+    ids: list[int]
+    start: int
+    hidden: torch.Tensor
+
+
+@contextmanager
+def only_layers(decoder: Any, layers: slice, norm: torch.nn.Module) -> Iterator[None]:
+    """Runs `decoder.model` with some of its layers; what comes before them is `inputs_embeds`."""
+    inner = decoder.model
+    everything = inner.layers, inner.norm
+    inner.layers, inner.norm = inner.layers[layers], norm
+    try:
+        yield
+    finally:
+        inner.layers, inner.norm = everything
+
+
+def batch_loss(decoder: Any, shared: int, batch: list[Exchange]) -> torch.Tensor:
+    """Mean cross-entropy over the answers' tokens. Call it under `only_layers(upper)`.
 
     All exchanges begin with the same `shared` tokens (the system prompt). They are computed once:
     one row holds them and then every exchange's own tokens, which see the shared ones and their own.
     """
-    tokens, owner, positions, trained = batch[0][0][:shared], [-1] * shared, [*range(shared)], []
-    for number, (ids, start) in enumerate(batch):
-        trained += range(len(tokens) + start - shared, len(tokens) + len(ids) - shared)
-        tokens = tokens + ids[shared:]
-        owner += [number] * (len(ids) - shared)
-        positions += range(shared, len(ids))
+    tokens, owner, positions, trained = batch[0].ids[:shared], [-1] * shared, [*range(shared)], []
+    for number, exchange in enumerate(batch):
+        size = len(exchange.ids)
+        trained += range(len(tokens) + exchange.start - shared, len(tokens) + size - shared)
+        tokens = tokens + exchange.ids[shared:]
+        owner += [number] * (size - shared)
+        positions += range(shared, size)
     owners, answer = torch.tensor(owner), torch.tensor(trained)
     sees = (owners[:, None] == owners[None, :]) | (owners[None, :] == -1)
     mask = torch.where(sees.tril(), 0.0, torch.finfo(torch.float32).min)
-    decoder = model.get_base_model()
     hidden = decoder.model(
-        input_ids=torch.tensor([tokens]),
+        inputs_embeds=torch.cat([batch[0].hidden[:shared], *(e.hidden[shared:] for e in batch)])[
+            None
+        ],
         position_ids=torch.tensor([positions]),
         attention_mask=mask[None, None],
         use_cache=False,
@@ -124,16 +148,26 @@ def batch_loss(model: Any, shared: int, batch: list[tuple[list[int], int]]) -> t
     return torch.nn.functional.cross_entropy(logits, torch.tensor(tokens)[answer])
 
 
+def read_exchanges(decoder: Any, tokenizer: Any, recipe: Recipe, first: int) -> list[Exchange]:
+    """The training data, run through the layers below `first`, which no adapter touches."""
+    exchanges = []
+    with torch.no_grad(), only_layers(decoder, slice(0, first), torch.nn.Identity()):
+        for record in read_jsonl("data.jsonl"):
+            ids, start = encode(tokenizer, record["question"], recipe.answer(record))
+            hidden = decoder.model(torch.tensor([ids]), use_cache=False).last_hidden_state[0]
+            exchanges.append(Exchange(ids=ids, start=start, hidden=hidden))
+    return exchanges
+
+
 def train(name: str, folder: Path, base: Path) -> dict[str, Any]:
     recipe, began = RECIPES[name], time.monotonic()
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(base)
-    model = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32),
-        LoraConfig(task_type="CAUSAL_LM", **recipe.lora),
-    )
-    data = [encode(tokenizer, r["question"], recipe.answer(r)) for r in read_jsonl("data.jsonl")]
-    columns = zip(*(ids for ids, _ in data), strict=False)
+    decoder = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = get_peft_model(decoder, LoraConfig(task_type="CAUSAL_LM", **recipe.lora))
+    first = min(recipe.lora["layers_to_transform"])
+    data = read_exchanges(decoder, tokenizer, recipe, first)
+    columns = zip(*(exchange.ids for exchange in data), strict=False)
     shared = next(at for at, column in enumerate(columns) if len(set(column)) > 1)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=recipe.lr, weight_decay=0.0)
@@ -144,25 +178,22 @@ def train(name: str, folder: Path, base: Path) -> dict[str, Any]:
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     losses: list[float] = []
-    for epoch in range(recipe.epochs):
-        losses.clear()
-        order = torch.randperm(len(data)).tolist()
-        for at in range(0, len(data), BATCH):
-            loss = batch_loss(model, shared, [data[i] for i in order[at : at + BATCH]])
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-            losses.append(loss.item())
-        mean = sum(losses) / len(losses)
-        print(f"{name} epoch {epoch} loss {mean:.3f} {time.monotonic() - began:.0f} s", flush=True)
+    with only_layers(decoder, slice(first, None), decoder.model.norm):
+        for epoch in range(recipe.epochs):
+            losses.clear()
+            order = torch.randperm(len(data)).tolist()
+            for at in range(0, len(data), BATCH):
+                loss = batch_loss(decoder, shared, [data[i] for i in order[at : at + BATCH]])
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+                optimizer.step()
+                schedule.step()
+                optimizer.zero_grad()
+                losses.append(loss.item())
+            mean, seconds = sum(losses) / len(losses), time.monotonic() - began
+            print(f"{name} epoch {epoch} loss {mean:.3f} {seconds:.0f} s", flush=True)
     save(model, folder)
-    return {
-        "steps": steps,
-        "loss": round(sum(losses) / len(losses), 3),
-        "s": round(time.monotonic() - began),
-    }
+    return {"steps": steps, "loss": round(mean, 3), "s": round(time.monotonic() - began)}
 
 
 def save(model: PeftModel, folder: Path) -> None:
