@@ -7,8 +7,11 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+import pytest
 from safetensors.numpy import save_file
 
+from jlora.adapters.peft import read_adapter
+from jlora.errors import AdapterError
 from jlora.models.config import PROJECTIONS, ModelConfig
 from tests import tiny
 
@@ -82,4 +85,25 @@ def good(folder: Path, **changes: Any) -> Path:
     return write(folder, config(**changes), tensors())
 
 
-__all__ = ["CFG", "PREFIX", "PROJECTIONS", "config", "good", "module", "tensors", "write"]
+def refused(folder: Path, reason: str) -> None:
+    """The folder is an AdapterError that gives the reason, and the folder, in one line."""
+    with pytest.raises(AdapterError) as error:
+        read_adapter(folder, CFG)
+    message = str(error.value)
+    assert reason in message
+    assert str(folder) in message
+    assert "\n" not in message
+    assert len(message) < 700
+
+
+__all__ = [
+    "CFG",
+    "PREFIX",
+    "PROJECTIONS",
+    "config",
+    "good",
+    "module",
+    "refused",
+    "tensors",
+    "write",
+]
