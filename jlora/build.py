@@ -3,7 +3,6 @@
 The one place that knows how all parts fit together, and how memory is shared out between them.
 """
 
-import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,8 +27,6 @@ from jlora.options import LoraModule, ModelOptions, parse_bytes
 from jlora.parts import MemoryPlan, Parts, Progress
 from jlora.sharding import Layout, make_mesh
 from jlora.tokenizer import Tokenizer
-
-log = logging.getLogger(__name__)
 
 CPU_KV_BYTES = 1 << 30
 """K/V cache on a CPU unless told otherwise."""
@@ -73,7 +70,6 @@ def build_engine(options: ModelOptions, *, progress: Progress | None = None) -> 
     config.check_num_pages(num_pages)
     runner = Runner(model, layout, mesh, rank_pages, config, num_pages)
     shapes = buckets(config)
-    runner.warm_up(shapes, lambda done, total: tell("compiling steps", done, total))
 
     store = AdapterStore(
         read=lambda path: read_adapter(path, cfg),
@@ -94,7 +90,8 @@ def build_engine(options: ModelOptions, *, progress: Progress | None = None) -> 
         vocab=cfg.vocab,
     )
     store.on_change = engine.wake
-    _load_adapters(options, store)
+    _load_adapters(options, store)  # before compiling: a bad path is told at once
+    runner.warm_up(shapes, lambda done, total: tell("compiling steps", done, total))
     engine.start()
     return Parts(
         engine=engine,
@@ -222,12 +219,4 @@ def _load_adapters(options: ModelOptions, store: AdapterStore) -> None:
         demo = (LoraModule(name=name, path=str(path)) for name, path in DEMO_ADAPTERS.items())
         modules = [module for module in demo if module.name not in named] + modules
     for module in modules:
-        entry = store.load(module.name, module.path, pinned=module.pinned)
-        log.info(
-            "adapter %s: %d modules bound (%s), rank %d, %.1f MB",
-            entry.name,
-            len(entry.modules),
-            ", ".join(entry.modules),
-            entry.rank,
-            entry.nbytes / 1e6,
-        )
+        store.load(module.name, module.path, pinned=module.pinned)

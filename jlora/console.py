@@ -53,14 +53,14 @@ class ProgressBars:
         self._tasks: dict[str, TaskID] = {}
 
     def __enter__(self) -> "ProgressBars":
-        self._progress.start()
-        return self
+        return self  # nothing is drawn before the first call: others may show bars of their own
 
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
 
     def __call__(self, what: str, done: int, total: int) -> None:
         if what not in self._tasks:
+            self._progress.start()
             self._tasks[what] = self._progress.add_task(what, total=total)
         self._progress.update(self._tasks[what], completed=done, total=total)
 

@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jlora.errors import ParameterError
 from jlora.models.config import GROUPS, ModelConfig
 
 AXIS = "model"
@@ -48,12 +49,13 @@ def spec(*axes: str | None) -> P:
 
 
 def make_mesh(size: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh of `size` devices for tensor parallelism. Raises ValueError if there are fewer."""
+    """A mesh of `size` devices for tensor parallelism. Raises ParameterError if there are fewer."""
     devices = list(devices if devices is not None else jax.devices())
     if len(devices) < size:
-        raise ValueError(
+        raise ParameterError(
             f"--mesh {size} needs {size} devices, this process sees {len(devices)} "
-            f"({devices[0].platform})"
+            f"({devices[0].platform})",
+            "mesh",
         )
     return Mesh(np.array(devices[:size]), (AXIS,), axis_types=(AxisType.Auto,))
 

@@ -118,7 +118,7 @@ class Choice:
             return None
         self.cached_tokens = max(self.cached_tokens, event.num_cached_tokens or 0)
         if self.queue_seconds is None:
-            self.queue_seconds = getattr(event, "queue_seconds", None)
+            self.queue_seconds = event.queue_seconds
         if event.prompt_logprobs is not None:
             self.prompt_logprobs = list(event.prompt_logprobs)
         text, count, stop = "", 0, None

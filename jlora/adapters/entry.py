@@ -31,6 +31,10 @@ class Staged(Protocol):
     @property
     def chat_template(self) -> str | None: ...
     @property
+    def bound(self) -> int: ...
+    @property
+    def scalings(self) -> tuple[float, ...]: ...
+    @property
     def nbytes(self) -> int: ...
     @property
     def pages(self) -> int: ...
@@ -59,6 +63,10 @@ class AdapterEntry:
     """Rank pages that it takes on the device."""
     nbytes: int
     """Bytes of its host copy."""
+    bound: int = 0
+    """Modules (layer and projection) that it changes."""
+    scalings: tuple[float, ...] = ()
+    """Different scalings of its modules, in ascending order."""
     pinned: bool = False
     base_model: str | None = None
     chat_template: str | None = None
@@ -83,6 +91,8 @@ class AdapterEntry:
             "base_model": self.base_model,
             "rank": self.rank,
             "modules": list(self.modules),
+            "bound": self.bound,
+            "scalings": list(self.scalings),
             "pages": self.pages,
             "bytes": self.nbytes,
             "tier": self.tier,

@@ -33,6 +33,10 @@ class StagedAdapter:
     modules: tuple[str, ...]
     chat_template: str | None
     host_pages: tuple[HostPage, ...]
+    bound: int
+    """Modules (layer and projection) that it changes."""
+    scalings: tuple[float, ...]
+    """Different scalings of its modules, in ascending order."""
     nbytes: int
     """Host bytes; groups that the adapter does not touch share one array of zeros and are free."""
 
@@ -160,6 +164,8 @@ class RankPages:
             modules=tuple(adapter.modules),
             chat_template=adapter.chat_template,
             host_pages=pages,
+            bound=len(adapter.weights),
+            scalings=tuple(sorted({pair.scaling for pair in adapter.weights.values()})),
             nbytes=nbytes,
         )
 

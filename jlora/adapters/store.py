@@ -91,6 +91,8 @@ class AdapterStore(Generic[S]):
             modules=tuple(staged.modules),
             pages=staged.pages,
             nbytes=staged.nbytes,
+            bound=staged.bound,
+            scalings=staged.scalings,
             pinned=pinned,
             base_model=staged.base_model,
             chat_template=staged.chat_template,
@@ -108,8 +110,9 @@ class AdapterStore(Generic[S]):
                 record.staged = staged
             record.note()
         log.info(
-            "adapter %s: rank %d, %s, %d bytes, %.2f s, from %s",
-            name, entry.rank, "+".join(entry.modules), entry.nbytes, seconds, path,
+            "adapter=%s modules_bound=%d projections=%s rank=%d scaling=%s bytes=%d seconds=%.2f path=%s",
+            name, entry.bound, "+".join(entry.modules), entry.rank,
+            "+".join(f"{scaling:g}" for scaling in entry.scalings), entry.nbytes, seconds, path,
         )  # fmt: skip
         return entry
 
@@ -319,6 +322,7 @@ class AdapterStore(Generic[S]):
         record.staged, record.changed = staged, None
         entry.uid, entry.generation = staged.uid, next(self._generations)
         entry.rank, entry.modules = staged.rank, tuple(staged.modules)
+        entry.bound, entry.scalings = staged.bound, staged.scalings
         entry.pages, entry.base_model = staged.pages, staged.base_model
         log.warning("adapter %s: its folder %s has new content", entry.name, entry.path)
         record.note()

@@ -47,7 +47,7 @@ class EngineConfig:
     """(decode rows, prefill tokens) of the steps with prefill; empty: about (8, 64), and the maximum."""
     rank_page_buckets: tuple[int, ...] = ()
     """Active rank pages of the steps with LoRA (each shape also has a variant without); empty:
-    max_loras and 4 * max_loras. The largest one bounds an adapter's rank: 16 * pages."""
+    max_loras / 4, max_loras and 4 * max_loras. The largest one bounds an adapter's rank: 16 * pages."""
 
     def __post_init__(self) -> None:
         for name in [
@@ -121,7 +121,8 @@ class EngineConfig:
         rows, tokens = self.max_num_seqs, self.max_num_batched_tokens
         decode = self.decode_buckets or _default_decode(rows)
         prefill = self.prefill_buckets or self._default_prefill()
-        ranks = self.rank_page_buckets or (self.max_loras, 4 * self.max_loras)
+        loras = self.max_loras
+        ranks = self.rank_page_buckets or (max(1, loras // 4), loras, 4 * loras)
         for name, value in (
             ("decode_buckets", tuple(sorted(set(decode)))),
             ("prefill_buckets", tuple(sorted({(rows, tokens) for rows, tokens in prefill}))),
@@ -155,19 +156,30 @@ class EngineConfig:
 
 
 def buckets(config: EngineConfig) -> list[Shape]:
-    """Every shape to compile: each bucket of rows and tokens, without and with LoRA."""
+    """Every shape to compile: each bucket of rows and tokens, without and with LoRA.
+
+    Few rows have few adapters, so a small step comes with few rank pages only: a step with few
+    rows and many pages (one adapter of a high rank) is padded to more rows.
+    """
     sizes = [(rows, 0) for rows in config.decode_buckets] + list(config.prefill_buckets)
-    return [
-        Shape(
-            decode=rows,
-            prefill=tokens,
-            rank_pages=pages,
-            block=config.prefill_block,
-            table=-(-config.max_model_len // config.page_size),
-        )
-        for rows, tokens in sizes
-        for pages in (0, *config.rank_page_buckets)
-    ]
+    largest = {sizes[len(config.decode_buckets) - 1], sizes[-1]}
+    shapes = []
+    for decode, prefill in sizes:
+        rows = decode + prefill // config.prefill_block
+        ranks = {r for r in config.rank_page_buckets if rows / 4 <= r <= max(2, rows)}
+        if (decode, prefill) in largest or not ranks:
+            ranks.add(config.max_rank_pages)
+        shapes += [
+            Shape(
+                decode=decode,
+                prefill=prefill,
+                rank_pages=pages,
+                block=config.prefill_block,
+                table=-(-config.max_model_len // config.page_size),
+            )
+            for pages in (0, *sorted(ranks))
+        ]
+    return shapes
 
 
 def pick(

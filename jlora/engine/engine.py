@@ -278,6 +278,7 @@ class Engine:
                 finish_reason=seq.finish_reason if last else None,
                 stop_reason=seq.stop_reason,
                 num_cached_tokens=seq.num_cached,
+                queue_seconds=seq.queue_seconds,
             ),
         )
 
@@ -292,6 +293,7 @@ class Engine:
                     prompt_logprobs=client.take_prompt_logprobs(),
                     finish_reason=seq.finish_reason,
                     num_cached_tokens=seq.num_cached,
+                    queue_seconds=seq.queue_seconds,
                     error=seq.error,
                 ),
             )

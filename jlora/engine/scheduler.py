@@ -266,6 +266,8 @@ class Scheduler:
                 seq.pages, seq.num_computed = [], 0
                 continue
             self.waiting.remove(seq)
+            if seq.queue_seconds is None:
+                seq.queue_seconds = now - seq.arrival
             self._start(seq)
             budget -= self._prefill(seq, budget, chunks)
         return budget

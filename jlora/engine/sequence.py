@@ -52,6 +52,8 @@ class Sequence:
     num_cached: int = 0
     """Prompt tokens that the prefix cache gave at the first admission."""
     preemptions: int = 0
+    queue_seconds: float | None = None
+    """From arrival to the first admission."""
 
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
@@ -136,4 +138,6 @@ class Event:
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     num_cached_tokens: int = 0
+    queue_seconds: float | None = None
+    """How long the request waited before its first step; None if it never had one."""
     error: str | None = None
