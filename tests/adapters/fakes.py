@@ -21,6 +21,8 @@ class Fake:
     modules: tuple[str, ...] = ("q_proj",)
     base_model: str | None = None
     chat_template: str | None = None
+    bound: int = 2
+    scalings: tuple[float, ...] = (2.0,)
 
 
 def staged(adapter: Any) -> Fake:

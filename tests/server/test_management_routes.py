@@ -234,6 +234,7 @@ def test_the_adapter_list_tells_everything(server: Running):
     assert shout["path"] == str(server.adapters / "shout")
     assert (shout["rank"], shout["bytes"], shout["pinned"]) == (8, 1000, False)
     assert shout["modules"] == ["q_proj", "v_proj"]
+    assert (shout["bound"], shout["scalings"]) == (4, [2.0])
     assert shout["tier"] in {"host", "device"}
     assert shout["in_flight"] == 0
     assert shout["last_use"] >= whisper["last_use"]

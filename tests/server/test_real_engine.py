@@ -240,4 +240,6 @@ def test_a_client_that_leaves_frees_its_slot_and_pages(live: Running):
 def test_the_metrics_page_reads_the_real_engine(live: Running):
     page = live.get("/metrics").text
     assert "vllm:prefix_cache_queries_total" in page
+    (count,) = [x for x in page.splitlines() if "request_queue_time_seconds_count" in x]
+    assert float(count.split()[-1]) > 0
     assert 'jlora:adapter_tier_hits_total{model_name="tiny",tier="device"}' in page
