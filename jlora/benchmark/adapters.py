@@ -1,0 +1,68 @@
+"""PEFT folders of random weights for any base model: a benchmark needs adapters of a size, not of
+a meaning. Small but not zero, so that no engine can leave them out.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+from safetensors.numpy import save_file
+
+from jlora.models.config import PROJECTIONS, ModelConfig
+
+ATTENTION = frozenset({"q_proj", "k_proj", "v_proj", "o_proj"})
+EFFECT = 0.05
+"""Size of the change of a projection's output, for an input of size 1."""
+
+
+def write_random_adapter(
+    folder: str | Path,
+    cfg: ModelConfig,
+    *,
+    rank: int,
+    modules: Sequence[str] = PROJECTIONS,
+    seed: int = 0,
+) -> Path:
+    """Writes a PEFT LoRA folder (bfloat16, all layers, alpha = 2 * rank). Returns the folder."""
+    folder = Path(folder)
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(seed)
+    tensors: dict[str, np.ndarray] = {}
+    for layer in range(cfg.layers):
+        for module in modules:
+            inputs, outputs = cfg.shape(module)
+            block = "self_attn" if module in ATTENTION else "mlp"
+            prefix = f"base_model.model.model.layers.{layer}.{block}.{module}"
+            a = rng.standard_normal((rank, inputs), dtype=np.float32) / np.sqrt(inputs)
+            b = rng.standard_normal((outputs, rank), dtype=np.float32) * EFFECT / np.sqrt(rank)
+            tensors[f"{prefix}.lora_A.weight"] = a.astype(ml_dtypes.bfloat16)
+            tensors[f"{prefix}.lora_B.weight"] = b.astype(ml_dtypes.bfloat16)
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": cfg.name,
+        "r": rank,
+        "lora_alpha": 2 * rank,
+        "target_modules": list(modules),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "use_rslora": False,
+        "inference_mode": True,
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    return folder
+
+
+def write_random_adapters(
+    root: str | Path, cfg: ModelConfig, ranks: Sequence[int], *, seed: int = 0
+) -> dict[str, Path]:
+    """One adapter per rank, as `root/random-0`, `root/random-1` and so on; name -> folder."""
+    return {
+        f"random-{i}": write_random_adapter(
+            Path(root) / f"random-{i}", cfg, rank=rank, seed=seed + i
+        )
+        for i, rank in enumerate(ranks)
+    }

@@ -1,0 +1,99 @@
+"""The report of a benchmark: a table for people, and one JSON document for everybody else."""
+
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+COLUMNS = {
+    "concurrency": "clients",
+    "case": "case",
+    "tok_s": "tok/s",
+    "ratio_to_base": "of base",
+    "ttft_p50": "TTFT p50 ms",
+    "ttft_p99": "p99",
+    "itl_p50": "ITL p50 ms",
+    "itl_p99": "p99",
+}
+"""Key of a result -> heading."""
+
+
+def print_table(rows: Sequence[dict[str, Any]], title: str) -> None:
+    """The results on stdout."""
+    table = Table(title=title, title_justify="left")
+    for heading in COLUMNS.values():
+        table.add_column(heading, justify="left" if heading == "case" else "right")
+    last = None
+    for row in rows:
+        if last not in (None, row["concurrency"]):
+            table.add_section()
+        last = row["concurrency"]
+        table.add_row(*(_cell(key, row[key]) for key in COLUMNS))
+    # A pipe has no width; 80 columns would fold the headings.
+    Console(width=None if sys.stdout.isatty() else 100).print(table)
+
+
+def _cell(key: str, value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.2f}" if key in ("ratio_to_base", "itl_p50", "itl_p99") else f"{value:.1f}"
+    return str(value)
+
+
+def provenance(argv: Sequence[str]) -> dict[str, Any]:
+    """Where figures come from: versions, commit, command, host."""
+    return {
+        "versions": {
+            "python": platform.python_version(),
+            "jax": package_version("jax"),
+            "jlora": package_version("jlora") or "checkout",
+        },
+        "commit": commit(),
+        "command": shlex.join(["python", "-m", "jlora.bench", *argv]),
+        "host": {"cpu": cpu_name(), "cores": len(cores())},
+    }
+
+
+def package_version(name: str) -> str | None:
+    """The version of an installed package, without importing it."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def commit() -> str | None:
+    """The checkout's commit, with `-dirty` if files differ; None outside of a checkout."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        done = subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+def cpu_name() -> str:
+    """The processor's name, where Linux tells."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def cores() -> set[int]:
+    """The cores that this process may use."""
+    return os.sched_getaffinity(0)
