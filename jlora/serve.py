@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def welcome(llm: LLM, options: ServeOptions, address: str) -> str:
     """What a user sees when the server is ready: memory, address, names, a line to try."""
     adapters = [str(entry["name"]) for entry in llm.store.adapters()]
-    name = adapters[0] if adapters else llm.names[0]
+    name = adapters[-1] if adapters else llm.names[0]
     key = ' -H "Authorization: Bearer $JLORA_API_KEY"' if options.api_key else ""
     body = f'{{"model": "{name}", "messages": [{{"role": "user", "content": "What is the capital of France?"}}]}}'
     lines = [

@@ -298,8 +298,13 @@ class Stream:
         self._running = 0
 
     @property
+    def prompt_count(self) -> int:
+        """Prompts of the request; samples of one prompt share its list of ids."""
+        return len({id(choice.prompt_ids) for choice in self.choices})
+
+    @property
     def prompt_tokens(self) -> int:
-        """Prompt tokens of the request; samples of one prompt share it."""
+        """Tokens of all prompts, each counted once."""
         prompts = {id(choice.prompt_ids): choice for choice in self.choices}
         return sum(len(choice.prompt_ids) for choice in prompts.values())
 

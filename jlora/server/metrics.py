@@ -104,7 +104,7 @@ class Metrics:
         self._e2e.observe(now - stream.created)
         self._prompts.observe(stream.prompt_tokens)
         self._outputs.observe(stream.completion_tokens)
-        self._n.observe(len(stream.choices))
+        self._n.observe(len(stream.choices) // stream.prompt_count)
         self._prompt_tokens.labels(self._model).inc(stream.prompt_tokens)
         self._adapter_prompt.labels(self._model, name).inc(stream.prompt_tokens)
         self._adapter_generation.labels(self._model, name).inc(stream.completion_tokens)

@@ -337,7 +337,7 @@ def test_special_tokens_show_only_if_asked(server: Running):
 
 
 def test_many_adapters_answer_side_by_side(server: Running):
-    """Ten adapters, forty requests at once, host memory for two."""
+    """Ten adapters, forty requests at once."""
     texts = {f"a{i}": f"adapter number {i} speaks " * 3 for i in range(10)}
     for name, text in texts.items():
         folder = server.adapters / name
