@@ -9,6 +9,7 @@ sits where. Invariant: every device holds the same shape, and padding never chan
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import jax
 import numpy as np
@@ -48,7 +49,7 @@ def spec(*axes: str | None) -> P:
     return P(*(None if axis is None else RULES[axis] for axis in axes))
 
 
-def make_mesh(size: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(size: int, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh of `size` devices for tensor parallelism. Raises ParameterError if there are fewer."""
     devices = list(devices if devices is not None else jax.devices())
     if len(devices) < size:

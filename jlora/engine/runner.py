@@ -8,33 +8,27 @@ so nothing ever compiles while requests wait.
 import logging
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
 
 from jlora.adapters.pool import RankPages
-from jlora.batch import Batch, empty, pack, unpack
+from jlora.batch import empty, pack
 from jlora.engine import sampler
 from jlora.engine.config import EngineConfig
 from jlora.engine.params import SamplingParams
+from jlora.engine.programs import KV_AXES, SCORE_ROWS, Programs
 from jlora.engine.scheduler import Chunk, Plan
 from jlora.engine.sequence import Sequence, TokenLogprobs
-from jlora.models.decoder import Decoder, Pools, forward, logits
+from jlora.models.decoder import Decoder
 from jlora.shape import Shape
-from jlora.sharding import Layout, sharding, spec
+from jlora.sharding import Layout, sharding
 
 log = logging.getLogger(__name__)
-
-KV_AXES = ("page", "kv_heads", None, None)
-SCORE_ROWS = 32
-"""Prompt tokens whose log-probabilities one scoring call computes."""
 
 COUNT_TOKENS = 256
 """Tokens that one call adds to a slot's counts."""
@@ -81,20 +75,13 @@ class Runner:
     ):
         """Allocates K/V pools of `num_pages` pages and the slots; compiles nothing yet."""
         cfg = layout.cfg
-        self.config, self.mesh, self.rank_pages = config, mesh, rank_pages
-        self.vocab, self.embed = cfg.vocab, cfg.embed
-        self.graph, state = nnx.split(model)
-        self.weight_specs = jax.tree.map(
-            lambda leaf: spec(*leaf.axes), state, is_leaf=lambda x: isinstance(x, nnx.Variable)
-        )
-        self.leaves, self.state_def = jax.tree.flatten(state)
-        self.dtype = model.norm[...].dtype
+        self.config, self.rank_pages, self.vocab = config, rank_pages, cfg.vocab
+        on_cpu = mesh.devices.flat[0].platform == "cpu"
+        self.programs = Programs(model, layout, mesh, config.max_logprobs, copy_pages=on_cpu)
+        dtype = self.programs.dtype
         page = (num_pages, layout.kv_heads, config.page_size, cfg.head_dim)
         zeros = jax.jit(
-            lambda: [
-                (jnp.zeros(page, self.dtype), jnp.zeros(page, self.dtype))
-                for _ in range(cfg.layers)
-            ],
+            lambda: [(jnp.zeros(page, dtype), jnp.zeros(page, dtype)) for _ in range(cfg.layers)],
             out_shardings=sharding(mesh, *KV_AXES),
         )
         self.kv: list[tuple[jax.Array, jax.Array]] = zeros()
@@ -103,15 +90,13 @@ class Runner:
             out_shardings=sharding(mesh),
         )
         self.slots: sampler.Slots = slots()
-        self._pool_specs = jax.tree.map(lambda pool: pool.sharding.spec, rank_pages.pools)
-        self._programs: dict[Shape, Callable[..., Any]] = {}
-        self._score: dict[int, Callable[..., Any]] = {}
         self._slot_owner: dict[int, tuple[int, int]] = {}
         replicated = {"out_shardings": sharding(mesh), "donate_argnums": 0}
         self._write_slot = jax.jit(sampler.write_slot, **replicated)
         self._count = jax.jit(sampler.count_tokens, **replicated)
         # Collectives between CPU devices can deadlock if steps are queued behind each other.
-        self.in_order = mesh.devices.flat[0].platform == "cpu" and mesh.size > 1
+        self.in_order = on_cpu and mesh.size > 1
+        self._copied: tuple[tuple[int, ...], Any] | None = None  # (active pages, their copies)
 
     @property
     def kv_bytes(self) -> int:
@@ -121,41 +106,21 @@ class Runner:
     @property
     def weight_bytes(self) -> int:
         """Bytes of all weights over all devices."""
-        return sum(leaf.nbytes for leaf in self.leaves)
+        return sum(leaf.nbytes for leaf in self.programs.weights)
 
     @property
     def compiled_shapes(self) -> int:
         """Step shapes that are compiled."""
-        return len(self._programs)
+        return len(self.programs)
 
     # ---- compiling ------------------------------------------------------------------------
 
     def warm_up(self, shapes: Seq[Shape], progress: Callable[[int, int], None] | None = None):
         """Compiles every program that serving can need, then runs each once."""
-        jobs: list[Shape | int] = [*shapes, *sorted({s.tokens for s in shapes if s.prefill})]
-        done = 0
-
-        def report() -> None:
-            nonlocal done
-            done += 1
-            if progress is not None:
-                progress(done, len(jobs))
-
-        with ThreadPoolExecutor(max_workers=2) as pool:
-            futures = []
-            for job in jobs:  # tracing holds the interpreter's lock, compiling does not
-                lowered = self._lower_score(job) if isinstance(job, int) else self._lower_step(job)
-                futures.append((job, pool.submit(lowered.compile)))
-            for job, future in futures:
-                if isinstance(job, int):
-                    self._score[job] = future.result()
-                else:
-                    self._programs[job] = future.result()
-                report()
+        self.programs.compile_all(shapes, self.rank_pages.pools, self.kv, self.slots, progress)
         self.rank_pages.warm_up()
         for shape in shapes:
-            packed = pack(shape, empty(shape, self.config.max_num_seqs))
-            jax.block_until_ready(self._run(shape, packed))
+            jax.block_until_ready(self._run(shape, empty(shape, self.config.max_num_seqs)))
         row = sampler.slot_row(
             SamplingParams(), prompt_length=0, seed=0, stop_ids=(), vocab=self.vocab
         )
@@ -165,69 +130,32 @@ class Runner:
         self.slots = self._count(self.slots, trash, nothing, np.zeros(COUNT_TOKENS, bool))
         jax.block_until_ready(self.slots)
 
-    def _lower_step(self, shape: Shape) -> Any:
-        lora = shape.rank_pages > 0
-
-        def step(leaves: list, pools: Pools, kv: list, slots: sampler.Slots, packed: jax.Array):
-            model = nnx.merge(self.graph, jax.tree.unflatten(self.state_def, leaves))
-            batch = unpack(shape, packed)
-            tokens = _resolve(batch, slots, shape.decode)
-            hidden, kv = forward(model, pools if lora else None, kv, batch, shape, tokens)
-            scores = logits(model, hidden[batch.last])
-            sampled, slots = sampler.sample(scores, slots, batch, self.config.max_logprobs)
-            return kv, slots, sampled, hidden if shape.prefill else None
-
-        specs = (
-            jax.tree.leaves(self.weight_specs, is_leaf=lambda x: isinstance(x, P)),
-            self._pool_specs if lora else P(),
-            spec(*KV_AXES),
-            P(),
-            P(),
-        )
-        mapped = jax.shard_map(
-            step,
-            mesh=self.mesh,
-            in_specs=specs,
-            out_specs=(spec(*KV_AXES), P(), P(), P()),
-            check_vma=False,
-        )
-        packed = jax.ShapeDtypeStruct((shape.words,), jnp.int32, sharding=sharding(self.mesh))
-        pools = self.rank_pages.pools if lora else None
-        return jax.jit(mapped, donate_argnums=(2, 3)).lower(
-            self.leaves, pools, self.kv, self.slots, packed
-        )
-
-    def _lower_score(self, tokens: int) -> Any:
-        def score(leaves: list, hidden: jax.Array, rows: jax.Array, targets: jax.Array):
-            model = nnx.merge(self.graph, jax.tree.unflatten(self.state_def, leaves))
-            return sampler.describe(logits(model, hidden[rows]), targets, self.config.max_logprobs)
-
-        mapped = jax.shard_map(
-            score,
-            mesh=self.mesh,
-            in_specs=(
-                jax.tree.leaves(self.weight_specs, is_leaf=lambda x: isinstance(x, P)),
-                P(),
-                P(),
-                P(),
-            ),
-            out_specs=P(),
-            check_vma=False,
-        )
-        replicated = sharding(self.mesh)
-        hidden = jax.ShapeDtypeStruct((tokens, self.embed), self.dtype, sharding=replicated)
-        rows = jax.ShapeDtypeStruct((SCORE_ROWS,), jnp.int32, sharding=replicated)
-        return jax.jit(mapped).lower(self.leaves, hidden, rows, rows)
-
     # ---- running --------------------------------------------------------------------------
 
-    def _run(self, shape: Shape, packed: np.ndarray) -> tuple[sampler.Sampled, jax.Array | None]:
-        program = self._programs[shape]
-        pools = self.rank_pages.pools if shape.rank_pages else None
-        self.kv, self.slots, sampled, hidden = program(
-            self.leaves, pools, self.kv, self.slots, packed
+    def _run(
+        self, shape: Shape, arrays: dict[str, np.ndarray]
+    ) -> tuple[sampler.Sampled, jax.Array | None]:
+        self.kv, self.slots, sampled, hidden = self.programs.step(shape)(
+            self.programs.weights,
+            self._adapters(shape, arrays["pages"]),
+            self.kv,
+            self.slots,
+            pack(shape, arrays),
         )
         return sampled, hidden
+
+    def _adapters(self, shape: Shape, pages: np.ndarray) -> Any:
+        """The step's adapters: the pools, or copies of the active pages, made when they change."""
+        if not shape.rank_pages:
+            return None
+        if not self.programs.copy_pages:
+            return self.rank_pages.pools
+        key = tuple(pages.tolist())
+        if self._copied is None or self._copied[0] != key:
+            self._copied = None  # frees the old copies before the new ones are made
+            copies = self.programs.copy(shape.rank_pages)(self.rank_pages.pools, pages)
+            self._copied = (key, copies)
+        return self._copied[1]
 
     def dispatch(self, plan: Plan, shape: Shape, rank_pages: Seq[Seq[int]]) -> Pending:
         """Queues one step; `rank_pages` are those of each of the plan's adapters.
@@ -236,11 +164,12 @@ class Runner:
         """
         for placement in plan.placements:
             self.rank_pages.write(placement.staged, placement.pages)
+            self._copied = None
         for chunk in (*plan.decodes, *plan.prefills):
             self._admit(chunk.seq)
         arrays = empty(shape, self.config.max_num_seqs)
         rows = self._fill(plan, shape, arrays, rank_pages)
-        sampled, hidden = self._run(shape, pack(shape, arrays))
+        sampled, hidden = self._run(shape, arrays)
         if self.in_order:
             jax.block_until_ready(sampled)
         return Pending(plan, rows, sampled, self._scores(plan, shape, hidden))
@@ -347,7 +276,9 @@ class Runner:
                 rows, padded = np.full(SCORE_ROWS, token, np.int32), np.zeros(SCORE_ROWS, np.int32)
                 rows[: len(part)] = token + start + np.arange(len(part))
                 padded[: len(part)] = part
-                sampled = self._score[shape.tokens](self.leaves, hidden, rows, padded)
+                sampled = self.programs.score(shape.tokens)(
+                    self.programs.weights, hidden, rows, padded
+                )
                 calls.append((len(part), sampled))
             scored.append((chunk, calls))
         if self.in_order:
@@ -371,15 +302,6 @@ def _number(plan: Plan) -> Callable[[Chunk], int]:
     """Batch-local adapter number of a chunk; base rows come last."""
     numbers = {id(adapter): number for number, adapter in enumerate(plan.adapters)}
     return lambda chunk: numbers.get(id(chunk.seq.adapter), len(numbers))
-
-
-def _resolve(batch: Batch, slots: sampler.Slots, decode: int) -> jax.Array:
-    """Input ids with -1 replaced by what the row's slot sampled last."""
-    if not decode:
-        return jnp.maximum(batch.tokens, 0)
-    rows = batch.tokens[:decode]
-    known = jnp.where(rows < 0, slots.last[batch.slots[:decode]], rows)
-    return jnp.concatenate([known, jnp.maximum(batch.tokens[decode:], 0)])
 
 
 def _on_host(sampled: sampler.Sampled) -> sampler.Sampled:

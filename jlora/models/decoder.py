@@ -19,10 +19,10 @@ from jlora.ops import KV
 from jlora.quant import Dense
 from jlora.shape import Shape
 from jlora.sharding import AXIS, GROUP_AXES, Layout
-from kernels_pallas.lora_matmul import RankPool, lora_delta
+from kernels_pallas.lora_matmul import ActivePages, RankPool, lora_delta
 
-Pools = list[dict[str, RankPool]]
-"""Rank pools by layer and projection group."""
+Pools = list[dict[str, RankPool | ActivePages]]
+"""Rank pools, or copies of the active pages, by layer and projection group."""
 
 
 class Linear(nnx.Module):
@@ -37,7 +37,10 @@ class Linear(nnx.Module):
         self.summed_over = layout.tp if group in ("o", "down") else 1  # sharded on the input
 
     def __call__(
-        self, x: Float[Array, "T in"], pools: dict[str, RankPool] | None, batch: Batch
+        self,
+        x: Float[Array, "T in"],
+        pools: dict[str, RankPool | ActivePages] | None,
+        batch: Batch,
     ) -> Float[Array, "T out"]:
         """Projection plus the rows' adapter deltas, float32. The only all-reduce is the base's:
         for an input-sharded group the adapter's partial sum joins it."""
@@ -134,7 +137,7 @@ def _layer(
     x: Float[Array, "T D"],
     turn: tuple[Array, Array],
     kv: KV,
-    pools: dict[str, RankPool] | None,
+    pools: dict[str, RankPool | ActivePages] | None,
     batch: Batch,
     static: _Static,
 ) -> tuple[Float[Array, "T D"], KV]:
