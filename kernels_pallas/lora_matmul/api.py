@@ -1,9 +1,12 @@
 """The public functions: shape checks, then one of the implementations.
 
-`implementation` names one ("reference", "xla") and never falls back; None picks the best for the
-default backend.
+"reference" and "xla" run everywhere; "hopper" is one fused launch (bfloat16, H100 or H200). A
+named implementation never falls back: what it cannot do is a NotImplementedError. None picks the
+best for the default backend, and says once in the log what it picked where that is no kernel.
 """
 
+import logging
+from functools import cache
 from types import ModuleType
 
 import jax
@@ -13,7 +16,11 @@ from jaxtyping import Array, Float
 from kernels_pallas.lora_matmul import reference, xla
 from kernels_pallas.lora_matmul.types import PAGE, ActivePages, RankPool, Segments
 
-IMPLEMENTATIONS: dict[str, ModuleType] = {"reference": reference, "xla": xla}
+IMPLEMENTATIONS = ("reference", "xla", "hopper")
+FUSED_ROWS = 256
+"""With more rows a step is bound by arithmetic, and XLA's own matmuls win."""
+
+_log = logging.getLogger(__name__)
 
 
 def lora_delta(
@@ -48,23 +55,73 @@ def lora_matmul(
             f"w has shape {w.shape}, expected (K, sum(part_sizes)) = "
             f"{(x.shape[1], sum(part_sizes))} for x {x.shape} and part_sizes {part_sizes}"
         )
-    module = _module(implementation)
-    y = module.base_matmul(x, w)
-    if bias is not None:
-        y = y + bias.astype(y.dtype)
+    lora = pool is not None and segments is not None
     if pool is not None and segments is not None:
         _check(x, pool, segments, part_sizes)
-        y = y + module.lora_delta(x, pool, segments, part_sizes=part_sizes)
+    y = _fused(x, w, pool, segments, part_sizes, implementation) if lora else None
+    if y is None:
+        module = _module(implementation)
+        y = module.base_matmul(x, w)
+        if pool is not None and segments is not None:
+            y = y + module.lora_delta(x, pool, segments, part_sizes=part_sizes)
+    if bias is not None:
+        y = y + bias.astype(y.dtype)
     return y.astype(out_dtype or x.dtype)
 
 
+def _fused(
+    x: jax.Array,
+    w: jax.Array,
+    pool: RankPool | ActivePages | None,
+    segments: Segments | None,
+    part_sizes: tuple[int, ...],
+    implementation: str | None,
+) -> jax.Array | None:
+    """The fused kernel's result; None where another implementation is to be taken."""
+    automatic = implementation is None
+    if implementation not in (None, "hopper"):
+        return None
+    if automatic and (not _is_hopper() or x.shape[0] > FUSED_ROWS):
+        return None
+    if not isinstance(pool, RankPool) or segments is None:
+        raise NotImplementedError("the fused kernel takes a RankPool: it copies no pages out")
+    from kernels_pallas.lora_matmul import hopper  # imports Mosaic GPU: only where it is used
+
+    try:
+        return hopper.matmul(x, w, pool, segments, part_sizes=part_sizes)
+    except NotImplementedError as reason:
+        if not automatic:
+            raise
+        _say_once(f"lora_matmul: no fused kernel, XLA instead ({reason})")
+        return None
+
+
+@cache
+def _is_hopper() -> bool:
+    if jax.default_backend() != "gpu":
+        return False
+    device = jax.devices()[0]
+    if getattr(device, "compute_capability", "") == "9.0":
+        return True
+    _say_once(f"lora_matmul: no fused kernel for {device.device_kind}, XLA instead")
+    return False
+
+
+@cache
+def _say_once(message: str) -> None:
+    _log.warning(message)
+
+
 def _module(implementation: str | None) -> ModuleType:
-    name = "xla" if implementation is None else implementation
-    if name not in IMPLEMENTATIONS:
+    if implementation == "hopper":
         raise NotImplementedError(
-            f"implementation {name!r} of lora_matmul; there are {sorted(IMPLEMENTATIONS)}"
+            "implementation 'hopper' is one fused launch: lora_matmul with a pool and segments"
         )
-    return IMPLEMENTATIONS[name]
+    if implementation not in (None, *IMPLEMENTATIONS):
+        raise NotImplementedError(
+            f"implementation {implementation!r} of lora_matmul; there are {IMPLEMENTATIONS}"
+        )
+    return reference if implementation == "reference" else xla
 
 
 def _check(

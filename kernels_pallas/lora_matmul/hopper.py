@@ -1,0 +1,147 @@
+"""The fused LoRA matmul for Hopper: base GEMM, shrink and expand in ONE launch (Mosaic GPU).
+
+One persistent block an SM. A producer warpgroup streams tiles of w through shared memory to the
+multiplying warpgroups; beside them a shrink warpgroup computes u = x A^T of the active pages:
+slices of K first (`p`), summed in a second pass after a grid-wide wait. Expanding is then nothing
+but a few more K steps of the base GEMM, [x | u] @ [w ; B], taken before the last tiles of w so
+that nothing waits for them. No shape depends on how many pages are active.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from kernels_pallas.lora_matmul import xla
+from kernels_pallas.lora_matmul.hopper_kernel import Kernel
+from kernels_pallas.lora_matmul.hopper_tuning import Tuning, tuning
+from kernels_pallas.lora_matmul.types import RankPool, Segments
+
+
+def matmul(
+    x: Float[Array, "T K"],
+    w: Float[Array, "K N"],
+    pool: RankPool,
+    segments: Segments,
+    *,
+    part_sizes: tuple[int, ...],
+    config: Tuning | None = None,
+    sms: int | None = None,
+    interpret: bool = False,
+) -> Float[Array, "T N"]:
+    """`x @ w` plus the delta in x's dtype, or in float32 where K was split.
+
+    Calls that share `segments` must depend on one another, as the projections of a decoder do:
+    they share two counters, which every call leaves at zero.
+    """
+    if x.dtype != w.dtype or x.dtype != pool.a.dtype or x.dtype not in (jnp.bfloat16, jnp.float16):
+        raise NotImplementedError(
+            f"x {x.dtype}, w {w.dtype}, pool {pool.a.dtype}: all must be bfloat16 or float16"
+        )
+    sms = sms or _device_sms()
+    rows = _padded(x.shape[0])
+    config = config or tuning(rows, x.shape[1], part_sizes, sms)
+    return _matmul(part_sizes, config, sms, interpret, x, w, pool, segments)
+
+
+def _padded(rows: int) -> int:
+    step = 8 if rows <= 64 else 128
+    return -(-rows // step) * step
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def _matmul(
+    part_sizes: tuple[int, ...],
+    config: Tuning,
+    sms: int,
+    interpret: bool,
+    x: jax.Array,
+    w: jax.Array,
+    pool: RankPool,
+    segments: Segments,
+) -> jax.Array:
+    rows = x.shape[0]
+    padded = _padded(rows)
+    meta = _meta(segments, padded)
+    y = _launch(
+        jnp.pad(x, ((0, padded - rows), (0, 0))), w, pool.a, pool.b, *meta,
+        part_sizes=part_sizes, t=config, sms=sms, interpret=interpret,
+    )  # fmt: skip
+    y = y[0] if config.split == 1 else y.sum(0)
+    return y[:rows]
+
+
+def _matmul_forward(
+    part_sizes: tuple[int, ...], config: Tuning, sms: int, interpret: bool, *args: Any
+) -> tuple[jax.Array, tuple[Any, ...]]:
+    return _matmul(part_sizes, config, sms, interpret, *args), args
+
+
+def _matmul_backward(
+    part_sizes: tuple[int, ...], config: Tuning, sms: int, interpret: bool, saved: Any, dy: Any
+) -> tuple[Any, ...]:
+    """Gradients of x, w, A and B by XLA: training batches are large, where its matmuls win."""
+    x, w, pool, segments = saved
+
+    def plain(x: jax.Array, w: jax.Array, pool: RankPool) -> jax.Array:
+        delta = xla.lora_delta(x, pool, segments, part_sizes=part_sizes)
+        return (xla.base_matmul(x, w) + delta).astype(dy.dtype)
+
+    return (*jax.vjp(plain, x, w, pool)[1](dy), None)
+
+
+_matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
+def _device_sms() -> int:
+    abstract = jax.sharding.get_abstract_mesh().abstract_device
+    count = abstract.num_cores if abstract else jax.devices()[0].core_count
+    return count or 132
+
+
+def _meta(segments: Segments, rows: int) -> tuple[jax.Array, ...]:
+    """pages, owner and count of active pages, the mask [Pa, rows], and counters that are zero.
+
+    The same for all layers: XLA computes it once a step."""
+    extra = -segments.pages.shape[0] % 8
+    pages = jnp.pad(segments.pages, (0, extra))
+    owner = jnp.pad(segments.owner, (0, extra), constant_values=-1)
+    over = -(-rows // 64) * 64 - segments.adapter.shape[0]
+    adapter = jnp.pad(segments.adapter, (0, over), constant_values=-1)
+    count = jnp.sum(owner >= 0).astype(jnp.int32)[None]
+    mask = ((owner[:, None] == adapter) & (adapter >= 0)).astype(jnp.float32)
+    # Zeros that XLA cannot fold into a constant: the kernel writes them (and puts them back).
+    sync = jnp.minimum(jnp.broadcast_to(count, (16,)), 0)
+    return pages, count, mask, sync
+
+
+@partial(jax.jit, static_argnames=("part_sizes", "t", "sms", "interpret"))
+def _launch(
+    x: Float[Array, "T K"],
+    w: Float[Array, "K N"],
+    a: Float[Array, "P R K"],
+    b: Float[Array, "P 16 N"],
+    pages: Int[Array, " Pa"],
+    count: Int[Array, " 1"],
+    mask: Float[Array, "Pa rows"],
+    sync: Int[Array, " 16"],
+    *,
+    part_sizes: tuple[int, ...],
+    t: Tuning,
+    sms: int,
+    interpret: bool,
+) -> Float[Array, "split T N"]:
+    k = Kernel(
+        rows=x.shape[0], width=x.shape[1], part_sizes=part_sizes, pages=pages.shape[0],
+        t=t, sms=sms, dtype=jnp.dtype(x.dtype),
+    )  # fmt: skip
+    y, u, p = k.out_types()
+    args = (x, w, a, b, pages, count, mask, sync)
+    if not interpret:
+        return k.call("all", (y, u, p), args)[0]
+    # The interpreter has no counters that blocks can wait on: one launch a phase.
+    (p,) = k.call("slices", (p,), args, interpret)
+    (u,) = k.call("sum", (u,), (*args, p), interpret)
+    return k.call("multiply", (y,), (*args, u), interpret)[0]

@@ -1,0 +1,472 @@
+"""The body of the fused Hopper kernel (see hopper.py for the idea and the entry point)."""
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic.gpu import utils as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from kernels_pallas.lora_matmul.hopper_tuning import Tuning
+from kernels_pallas.lora_matmul.types import PAGE
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Kernel:
+    """Static facts of one launch, and its body. Letters: q slice of K, g group of pages, m row
+    block, s K split, c column tile, n step since the block began."""
+
+    rows: int
+    width: int
+    part_sizes: tuple[int, ...]
+    pages: int
+    t: Tuning
+    sms: int
+    dtype: Any
+
+    @property
+    def parts(self) -> int:
+        return len(self.part_sizes)
+
+    @property
+    def block(self) -> int:
+        """Rows of x in one tile."""
+        return min(self.rows, 128)
+
+    @property
+    def row_blocks(self) -> int:
+        return self.rows // self.block
+
+    @property
+    def wgs(self) -> int:
+        """Multiplying warpgroups: 64 rows each."""
+        return -(-self.block // 64)
+
+    @property
+    def store_rows(self) -> int:
+        return min(self.block, 64)
+
+    @property
+    def tiles(self) -> int:
+        return sum(self.part_sizes) // self.t.bn
+
+    @property
+    def chunk(self) -> int:
+        """Rank pages of one expand step."""
+        return self.t.bk // PAGE
+
+    @property
+    def out_dtype(self) -> Any:
+        return self.dtype if self.t.split == 1 else jnp.dtype(jnp.float32)
+
+    def out_types(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """y; u = x A^T, masked; and its slices."""
+        padded = self.row_blocks * self.wgs * 64
+        return (
+            jax.ShapeDtypeStruct((self.t.split, self.rows, sum(self.part_sizes)), self.out_dtype),
+            jax.ShapeDtypeStruct((self.parts, self.rows, self.pages * PAGE), self.dtype),
+            jax.ShapeDtypeStruct(
+                (self.t.slices, self.pages * self.parts, padded, PAGE), jnp.float32
+            ),
+        )
+
+    def call(
+        self, phase: str, out: tuple[Any, ...], args: tuple[jax.Array, ...], interpret: bool = False
+    ) -> tuple[jax.Array, ...]:
+        """Launch one phase, or "all"."""
+        t, over = self.t, 64 * self.wgs - self.block
+        swizzled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+        out_cols = 128 // self.out_dtype.itemsize
+        out_swizzled = (plgpu.TilingTransform((8, out_cols)), plgpu.SwizzleTransform(128))
+        scratch = [
+            # x tiles lie one after another and are read 64 rows at a time: rows beyond the
+            # tile's own are another tile's, and their results are never stored.
+            plgpu.SMEM((t.stages * self.block + over, t.bk), self.dtype, transforms=swizzled),
+            plgpu.SMEM((t.stages, t.bk, t.bn), self.dtype, transforms=swizzled),
+            plgpu.SMEM(
+                (self.wgs, min(2, t.bn // 64), 64, 64), self.out_dtype, transforms=out_swizzled
+            ),
+            plgpu.SMEM((t.shrink_stages * self.block + over, 64), self.dtype, transforms=swizzled),
+            plgpu.SMEM(
+                (t.shrink_stages, t.group * self.parts * PAGE, 64), self.dtype, transforms=swizzled
+            ),
+            plgpu.SMEM((self.store_rows, PAGE), self.dtype),
+            plgpu.Barrier(num_arrivals=2, num_barriers=t.stages),
+            plgpu.Barrier(num_arrivals=1 + self.chunk, num_barriers=t.stages),
+            plgpu.Barrier(num_arrivals=self.wgs, num_barriers=t.stages),
+            plgpu.Barrier(num_arrivals=1 + t.group, num_barriers=t.shrink_stages),
+        ]
+        extra: dict[str, Any] = {"interpret": _interpreter()} if interpret else {}
+        kernel = plgpu.kernel(
+            partial(self.body, phase),
+            out_type=out,
+            grid=(self.sms,),
+            grid_names=("sm",),
+            num_threads=self.wgs + 2,
+            thread_name="wg",
+            scratch_types=scratch,
+            compiler_params=plgpu.CompilerParams(),
+            **extra,
+        )
+        return kernel(*args)
+
+    def body(self, phase: str, *refs: Any) -> None:
+        """What every warpgroup of every block runs. `phase`: "all", or one of three launches."""
+        x, w, a, b, pages, count, mask, sync = refs[:8]
+        rest, scratch = refs[8:-10], refs[-10:]
+        y, u, p = {
+            "all": lambda: rest,
+            "slices": lambda: (None, None, rest[0]),
+            "sum": lambda: (None, rest[1], rest[0]),
+            "multiply": lambda: (rest[1], rest[0], None),
+        }[phase]()
+        xs, ws, ys, sx, sa, us, full, full_expand, empty, full_shrink = scratch
+        counters = _Counters(sync, self.sms) if phase == "all" else None
+        active, wg = count[0], lax.axis_index("wg")
+        ring = _Ring(self, xs, ws, full, full_expand, empty)
+
+        # Registers: warpgroups share 64 K of them, the multiplying ones hold the accumulators.
+        registers = {1: None, 2: (184, 40, 96)}[self.wgs]
+
+        @pl.when(wg == self.wgs)
+        def _() -> None:
+            if registers:
+                plgpu.set_max_registers(registers[1], action="decrease")
+            if phase in ("all", "multiply"):
+                self.produce(ring, x, w, b, u, pages, active, counters)
+
+        @pl.when(wg == self.wgs + 1)
+        def _() -> None:
+            if registers:
+                plgpu.set_max_registers(registers[2], action="decrease")
+            if phase in ("all", "slices"):
+                self.shrink_slices(x, a, p, pages, mask, active, sx, sa, full_shrink)
+            if counters:
+                pl.when(active > 0)(partial(counters.meet, 0))
+            if phase in ("all", "sum"):
+                self.shrink_sum(p, u, us, active)
+            if counters:
+                pl.when(active > 0)(partial(counters.signal, 1))
+
+        @pl.when(wg < self.wgs)
+        def _() -> None:
+            if registers:
+                plgpu.set_max_registers(registers[0], action="increase")
+            if phase in ("all", "multiply"):
+                self.multiply(ring, y, ys, active)
+
+    # Which block does what: tiles of w are dealt from the first block on, shrink units from the
+    # last, so that blocks without a tile take the shrink first.
+
+    def _tiles_of_block(self) -> jax.Array:
+        total = self.tiles * self.t.split * self.row_blocks
+        return (total - lax.axis_index("sm") + self.sms - 1) // self.sms
+
+    def _tile(self, i: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Row block, column tile and K split. Row blocks that share a tile of w are neighbours."""
+        unit = lax.axis_index("sm") + i * self.sms
+        m, rest = lax.rem(unit, jnp.int32(self.row_blocks)), unit // self.row_blocks
+        return m, lax.rem(rest, jnp.int32(self.tiles)), rest // self.tiles
+
+    def _units_of_block(self, total: jax.Array) -> jax.Array:
+        return lax.max((total - self._last_first() + self.sms - 1) // self.sms, 0)
+
+    def _last_first(self) -> jax.Array:
+        return self.sms - 1 - lax.axis_index("sm")
+
+    def _expands(self, active: jax.Array, s: jax.Array) -> jax.Array:
+        """Expand steps of a tile: K splits take chunks of pages in turn."""
+        chunks = _cdiv(active, self.chunk)
+        return lax.max(_cdiv(chunks - s, self.t.split), 0)
+
+    @property
+    def _steps(self) -> int:
+        return self.width // self.t.bk // self.t.split
+
+    def produce(
+        self, ring: Any, x: Any, w: Any, b: Any, u: Any, pages: Any, active: Any, counters: Any
+    ) -> None:
+        """Stream tiles of x and w, and in between of u and B, into the ring."""
+        t, rows = self.t, self.block
+        ends = [sum(self.part_sizes[: j + 1]) // t.bn for j in range(self.parts)]
+
+        def tile(i: jax.Array, n: jax.Array) -> jax.Array:
+            m, c, s = self._tile(i)
+            x_rows, columns = pl.ds(m * rows, rows), pl.ds(c * t.bn, t.bn)
+            part = jnp.int32(0)
+            for end in ends[:-1]:
+                part = part + (c >= end).astype(jnp.int32)
+
+            def load(k: jax.Array, n: jax.Array) -> jax.Array:
+                x_tile, w_tile, slot = ring.acquire(n)
+                depth = pl.ds((s * self._steps + k) * t.bk, t.bk)
+                plgpu.copy_gmem_to_smem(w.at[depth, columns], w_tile, ring.full.at[slot])
+                plgpu.copy_gmem_to_smem(x.at[x_rows, depth], x_tile, ring.full.at[slot])
+                return n + 1
+
+            def load_expand(e: jax.Array, n: jax.Array) -> jax.Array:
+                x_tile, w_tile, slot = ring.acquire(n)
+                first = (s + e * t.split) * self.chunk
+                barrier = ring.full_expand.at[slot]
+                for j in range(self.chunk):
+                    page = b.at[pages[first + j], :, columns]
+                    plgpu.copy_gmem_to_smem(page, w_tile.at[pl.ds(PAGE * j, PAGE)], barrier)
+                if counters:
+                    pl.when(e == 0)(partial(counters.wait, 1))
+                ranks = pl.ds(first * PAGE, t.bk)
+                plgpu.copy_gmem_to_smem(u.at[part, x_rows, ranks], x_tile, barrier)
+                return n + 1
+
+            n = lax.fori_loop(0, self._steps - t.tail, load, n)
+            n = lax.fori_loop(0, self._expands(active, s), load_expand, n)
+            return lax.fori_loop(self._steps - t.tail, self._steps, load, n)
+
+        n = lax.fori_loop(0, self._tiles_of_block(), tile, jnp.int32(0))
+        if counters:
+            pl.when(active > 0)(partial(counters.meet_waited, 1))
+        ring.drain(n)
+
+    def multiply(self, ring: Any, y: Any, ys: Any, active: jax.Array) -> None:
+        """Consume the ring: 64 rows of x a warpgroup."""
+        wg, t = lax.axis_index("wg"), self.t
+
+        def tile(i: jax.Array, n: jax.Array) -> jax.Array:
+            m, c, s = self._tile(i)
+
+            def accumulate(acc: Any) -> tuple[jax.Array, jax.Array]:
+                k = ring.consume(acc, wg, ring.full, self._steps - t.tail, n)
+                k = ring.consume(acc, wg, ring.full_expand, self._expands(active, s), k)
+                k = ring.consume(acc, wg, ring.full, t.tail, k)
+                return acc[...], k
+
+            acc, n = pl.run_scoped(accumulate, plgpu.ACC((64, t.bn), jnp.float32))
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            y_rows = pl.ds(m * self.block + wg * 64, self.store_rows)
+            for j in range(t.bn // 64):
+                if j > 1:
+                    plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+                ys[wg, j % 2] = acc[:, 64 * j : 64 * j + 64].astype(self.out_dtype)
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(
+                    ys.at[wg, j % 2, pl.ds(0, self.store_rows)],
+                    y.at[s, y_rows, pl.ds(c * t.bn + 64 * j, 64)],
+                )
+            return n
+
+        lax.fori_loop(0, self._tiles_of_block(), tile, jnp.int32(0))
+        plgpu.wait_smem_to_gmem(0, wait_read_only=False)
+
+    def shrink_slices(
+        self, x: Any, a: Any, p: Any, pages: Any, mask: Any, active: jax.Array, sx: Any, sa: Any,
+        full: Any,
+    ) -> None:  # fmt: skip
+        """p[q, page and part, row] = x[row, slice q] A[page, part, slice q]^T, masked."""
+        t, rows, parts = self.t, self.block, self.parts
+        steps = self.width // 64 // t.slices
+
+        def unit(i: jax.Array, n: jax.Array) -> jax.Array:
+            index = self._last_first() + i * self.sms
+            q, rest = lax.rem(index, jnp.int32(t.slices)), index // t.slices
+            m, g = lax.rem(rest, jnp.int32(self.row_blocks)), rest // self.row_blocks
+            ids = [pages[g * t.group + j] for j in range(t.group)]
+
+            def issue(k: jax.Array | int) -> None:
+                slot = lax.rem(n + k, jnp.int32(t.shrink_stages))
+                depth = pl.ds((q * steps + k) * 64, 64)
+                for j, page in enumerate(ids):
+                    a_rows = sa.at[slot, pl.ds(j * parts * PAGE, parts * PAGE)]
+                    plgpu.copy_gmem_to_smem(a.at[page, :, depth], a_rows, full.at[slot])
+                x_tile = sx.at[pl.ds(slot * rows, rows)]
+                plgpu.copy_gmem_to_smem(x.at[pl.ds(m * rows, rows), depth], x_tile, full.at[slot])
+
+            for k in range(min(t.shrink_stages, steps)):
+                issue(k)
+
+            def accumulate(*accs: Any) -> list[jax.Array]:
+                def step(k: jax.Array, carry: jax.Array) -> jax.Array:
+                    slot = lax.rem(n + k, jnp.int32(t.shrink_stages))
+                    plgpu.barrier_wait(full.at[slot])
+                    for j, acc in enumerate(accs):
+                        x_tile = sx.at[pl.ds(slot * rows + j * 64, 64)]
+                        plgpu.wgmma(acc, x_tile, sa.at[slot].transpose((1, 0)))
+                    plgpu.wgmma_wait(0)
+                    if steps > t.shrink_stages:
+                        following = k + t.shrink_stages
+                        pl.when(following < steps)(partial(issue, following))
+                    return carry
+
+                lax.fori_loop(0, steps, step, jnp.int32(0))
+                return [acc[...] for acc in accs]
+
+            owns = [[self._mask(mask, m, j, g * t.group + i) for i in range(t.group)]
+                    for j in range(self.wgs)]  # fmt: skip
+            shape = (64, t.group * parts * PAGE)
+            accs = pl.run_scoped(accumulate, *[plgpu.ACC(shape, jnp.float32)] * self.wgs)
+            for j, acc in enumerate(accs):
+                at = pl.ds((m * self.wgs + j) * 64, 64)
+                for column in range(t.group * parts):
+                    values = acc[:, column * PAGE : (column + 1) * PAGE]
+                    own = lax.broadcast_in_dim(owns[j][column // parts], values.shape, [0])
+                    p.at[q, g * t.group * parts + column, at][...] = values * own
+            return n + steps
+
+        total = _cdiv(active, t.group) * t.slices * self.row_blocks
+        lax.fori_loop(0, self._units_of_block(total), unit, jnp.int32(0))
+
+    def _mask(self, mask: Any, m: jax.Array, j: int, page: jax.Array) -> jax.Array:
+        at = pl.ds((m * self.wgs + j) * 64, 64)
+        return plgpu.load(mask.at[page, at], layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
+
+    def shrink_sum(self, p: Any, u: Any, us: Any, active: jax.Array) -> None:
+        """u[part, row, rank] = the sum of p over slices; zeros up to a whole chunk of pages."""
+        rows, blocks = self.store_rows, self.row_blocks * self.wgs
+        layout = plgpu.Layout.WG_STRIDED((rows, PAGE), vec_size=rows * PAGE // 128)
+
+        def unit(i: jax.Array, carry: jax.Array) -> jax.Array:
+            index = self._last_first() + i * self.sms
+            m, column = lax.rem(index, jnp.int32(blocks)), index // blocks
+            page, part = column // self.parts, lax.rem(column, jnp.int32(self.parts))
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+            @pl.when(page < active)
+            def _() -> None:
+                total = None
+                for q in range(self.t.slices):  # unrolled: all loads in flight at once
+                    source = p.at[q, column, pl.ds(m * 64, rows)]
+                    part_sum = plgpu.load(source, layout=layout, optimized=False)
+                    total = part_sum if total is None else total + part_sum
+                assert total is not None
+                us[...] = total.astype(self.dtype)
+
+            @pl.when(page >= active)
+            def _() -> None:
+                us[...] = plgpu.layout_cast(jnp.zeros((rows, PAGE), self.dtype), layout)
+
+            plgpu.commit_smem()
+            at = u.at[part, pl.ds(m * 64, rows), pl.ds(page * PAGE, PAGE)]
+            plgpu.copy_smem_to_gmem(us, at)
+            return carry
+
+        total = _cdiv(active, self.chunk) * self.chunk * self.parts * blocks
+        lax.fori_loop(0, self._units_of_block(total), unit, jnp.int32(0))
+        plgpu.wait_smem_to_gmem(0, wait_read_only=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Ring:
+    """Slots of shared memory that one warpgroup fills and the others multiply."""
+
+    kernel: Kernel
+    xs: Any
+    ws: Any
+    full: Any
+    full_expand: Any
+    empty: Any
+
+    def _slot(self, n: jax.Array) -> jax.Array:
+        return lax.rem(n, jnp.int32(self.kernel.t.stages))
+
+    def acquire(self, n: jax.Array) -> tuple[Any, Any, jax.Array]:
+        """Wait until slot of step n is free; its x tile, its w tile, its number."""
+        slot = self._slot(n)
+        self._wait_free(n)
+        x_tile = self.xs.at[pl.ds(slot * self.kernel.block, self.kernel.block)]
+        return x_tile, self.ws.at[slot], slot
+
+    def _wait_free(self, n: jax.Array) -> None:
+        @pl.when(n >= self.kernel.t.stages)
+        def _() -> None:
+            plgpu.barrier_wait(self.empty.at[self._slot(n)])
+
+    def drain(self, n: jax.Array) -> None:
+        """Wait until every tile has been used."""
+
+        def step(n: jax.Array, carry: jax.Array) -> jax.Array:
+            self._wait_free(n)
+            return carry
+
+        lax.fori_loop(n, n + self.kernel.t.stages, step, jnp.int32(0))
+
+    def consume(
+        self, acc: Any, wg: jax.Array, full: Any, steps: jax.Array | int, n: jax.Array
+    ) -> jax.Array:
+        """acc += x tile @ w tile for `steps` steps from n on; a slot is free one step later."""
+
+        def release(n: jax.Array) -> None:
+            plgpu.barrier_arrive(self.empty.at[self._slot(n)])
+
+        def step(k: jax.Array, n: jax.Array) -> jax.Array:
+            slot = self._slot(n)
+            plgpu.barrier_wait(full.at[slot])
+            x_tile = self.xs.at[pl.ds(slot * self.kernel.block + wg * 64, 64)]
+            plgpu.wgmma(acc, x_tile, self.ws.at[slot])
+            plgpu.wgmma_wait(1)
+            pl.when(k > 0)(partial(release, n + self.kernel.t.stages - 1))
+            return n + 1
+
+        n = lax.fori_loop(0, steps, step, n)
+        plgpu.wgmma_wait(0)
+        pl.when(steps > 0)(partial(release, n + self.kernel.t.stages - 1))
+        return n
+
+
+class _Counters:
+    """Grid-wide waits. A counter sees one signal a block, then one pass a block, and then wraps
+    to zero by itself: nobody has to clear it between launches."""
+
+    def __init__(self, sync: Any, sms: int):
+        self.sync, self.sms = sync, sms
+
+    def signal(self, which: int) -> None:
+        """This block's warpgroup has written what others wait for (or has passed its wait)."""
+
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
+        def signal(_: Any, ref: Any) -> None:
+            mgpu.warpgroup_barrier()
+            pointer = mgpu.memref_ptr(ref)
+            last = 2 * self.sms - 1
+            mgpu.inline_ptx(
+                f"red.release.gpu.global.inc.u32 [$0], {last};",
+                pointer,
+                predicate=mgpu.single_thread_predicate(mgpu.ThreadSubset.WARPGROUP),
+                has_side_effects=True,
+            )
+
+        signal(self.sync.at[pl.ds(8 * which, 8)])
+
+    def wait(self, which: int) -> None:
+        """Until every block has signalled."""
+
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
+        def wait(_: Any, ref: Any) -> None:
+            counter = mgpu.SemaphoreRef(mgpu.memref_ptr(ref))
+            counter.wait(self.sms, decrement=False, memory_scope="gpu")
+
+        wait(self.sync.at[pl.ds(8 * which, 8)])
+
+    def meet(self, which: int) -> None:
+        """Signal, wait, pass."""
+        self.signal(which)
+        self.meet_waited(which)
+
+    def meet_waited(self, which: int) -> None:
+        """Wait, pass: once a block and counter."""
+        self.wait(which)
+        self.signal(which)
+
+
+def _interpreter() -> Any:
+    if hasattr(plgpu, "InterpretGPUParams"):
+        return plgpu.InterpretGPUParams()
+    # Not exported before jax 0.11.
+    from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
+
+    return InterpretGPUParams()
+
+
+def _cdiv(a: jax.Array | int, b: int) -> jax.Array:
+    return (jnp.asarray(a, jnp.int32) + b - 1) // b

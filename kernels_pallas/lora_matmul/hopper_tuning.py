@@ -1,0 +1,72 @@
+"""Tile sizes of the Hopper kernel by shape. Measured on an H100 (kernels_pallas/README.md)."""
+
+import dataclasses
+
+from kernels_pallas.lora_matmul.types import PAGE
+
+SHARED_BYTES = 227 * 1024 - 2048  # of one block, less barriers and alignment
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tuning:
+    """Tile sizes. More bytes in flight are not better: every load of an adapter page queues
+    behind them (64 to 100 KiB an SM was best on an H100)."""
+
+    bn: int
+    """Columns of w in a tile."""
+    bk: int
+    """Rows of w in a tile."""
+    split: int
+    """Parts of K that are summed outside (by XLA, in the next elementwise kernel)."""
+    stages: int
+    """Tiles in flight."""
+    slices: int
+    """Parts of K in the shrink."""
+    group: int
+    """Rank pages that share a read of x in the shrink."""
+    shrink_stages: int
+    """64-column steps in flight in the shrink."""
+    tail: int
+    """Tiles of w that are taken after the expand steps."""
+
+
+def tuning(rows: int, width: int, part_sizes: tuple[int, ...], sms: int) -> Tuning:
+    """Tile sizes for [rows, width] @ [width, sum(part_sizes)]; NotImplementedError if none fit."""
+    parts, total = len(part_sizes), sum(part_sizes)
+    fits = [bn for bn in (256, 128, 64) if all(size % bn == 0 for size in part_sizes)]
+    if not fits or width % 128:
+        raise NotImplementedError(
+            f"parts {part_sizes} and K={width}: every part must be a multiple of 64, K of 128"
+        )
+    wide = [bn for bn in fits if total // bn >= 0.75 * sms]
+    bn = wide[0] if wide else fits[-1]
+    if rows > 64:
+        bn = min(128, fits[0])  # two multiplying warpgroups: the registers hold no more
+    bk = 64 if bn == 256 or rows > 64 else 128
+    blocks = -(-rows // 128) * (total // bn)
+    split = max([s for s in (1, 2, 4) if blocks * s <= sms and width % (bk * s) == 0], default=1)
+    most = 16 if rows <= 64 and parts < 3 else 8 if rows <= 128 else 4
+    slices = max(s for s in (1, 2, 4, 8, 16) if s <= most and width % (64 * s) == 0)
+    group = 2 if parts > 2 or rows > 64 else 4
+    shrink_stages = 2 if rows > 64 else 3 if bn == 256 else 4
+    stages = 3 if bn == 256 else 5 if split == 1 else 4
+    tail = max(1, min(8, width // bk // split // 4))
+    made = Tuning(
+        bn=bn, bk=bk, split=split, stages=stages, slices=slices, group=group,
+        shrink_stages=shrink_stages, tail=tail,
+    )  # fmt: skip
+    while made.stages > 2 and _shared_bytes(made, rows, parts) > SHARED_BYTES:
+        made = dataclasses.replace(made, stages=made.stages - 1)
+    if _shared_bytes(made, rows, parts) > SHARED_BYTES:
+        raise NotImplementedError(f"{rows} rows, K={width}, parts {part_sizes}: no tile fits")
+    return made
+
+
+def _shared_bytes(t: Tuning, rows: int, parts: int) -> int:
+    block = min(rows, 128)
+    warpgroups = -(-block // 64)
+    over = 64 * warpgroups - block
+    tiles = 2 * t.stages * (block * t.bk + t.bk * t.bn) + 2 * over * t.bk
+    shrink = 128 * (t.shrink_stages * (block + t.group * parts * PAGE) + over)
+    out = warpgroups * min(2, t.bn // 64) * 64 * 64 * (2 if t.split == 1 else 4)
+    return tiles + shrink + out + 64 * PAGE * 2
