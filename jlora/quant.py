@@ -14,4 +14,10 @@ class Dense(nnx.Module):
 
     def matmul(self, x: Float[Array, "T in"]) -> Float[Array, "T out"]:
         """x @ W, accumulated and returned in float32."""
-        return jax.lax.dot(x, self.kernel[...], preferred_element_type=jnp.float32)
+        return matmul(x, self.kernel[...])
+
+
+def matmul(x: Float[Array, "M K"], y: Float[Array, "K N"]) -> Float[Array, "M N"]:
+    """x @ y in float32. Float32 operands mean float32 products, also where a GPU would use tf32."""
+    exact = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    return jax.lax.dot(x, y, precision=exact, preferred_element_type=jnp.float32)

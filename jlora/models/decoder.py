@@ -16,7 +16,7 @@ from jlora import ops
 from jlora.batch import Batch
 from jlora.models.config import ModelConfig, rope_frequencies
 from jlora.ops import KV
-from jlora.quant import Dense
+from jlora.quant import Dense, matmul
 from jlora.shape import Shape
 from jlora.sharding import AXIS, GROUP_AXES, Layout
 from kernels_pallas.lora_matmul import ActivePages, RankPool, lora_delta
@@ -165,8 +165,7 @@ def logits(model: Decoder, hidden: Float[Array, "B D"]) -> Float[Array, "B V"]:
     if model.head is not None:
         local = model.head.matmul(hidden)
     else:
-        table = model.embed[...]
-        local = jnp.einsum("bd,vd->bv", hidden, table, preferred_element_type=jnp.float32)
+        local = matmul(hidden, model.embed[...].T)
     if model.tp > 1:
         local = jax.lax.all_gather(local, AXIS, axis=1, tiled=True)
     return local[:, : model.cfg.vocab]

@@ -4,6 +4,8 @@ The number of chunks is dynamic (the longest row of the step decides), so cost f
 lengths and one compiled step serves every context length.
 """
 
+from functools import partial
+
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
@@ -63,11 +65,15 @@ def _rows(
     grouped = grouped.reshape(b, kv_heads, t * group, width)
     query_at = jnp.repeat(positions, group, axis=1)[:, None, :, None]  # [b, 1, t·G, 1]
 
+    # float32 operands mean float32 arithmetic, also where a GPU would default to tf32
+    exact = lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
+    dot = partial(jnp.einsum, precision=exact, preferred_element_type=jnp.float32)
+
     def turn(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         peak, total, acc = carry
         ids = lax.dynamic_slice_in_dim(tables, i * per_chunk, per_chunk, axis=1)
         k, v = keys[ids], values[ids]  # [b, pages, K, page, H]
-        score = jnp.einsum("bkqh,bpkch->bkqpc", grouped, k, preferred_element_type=jnp.float32)
+        score = dot("bkqh,bpkch->bkqpc", grouped, k)
         score = score.reshape(*score.shape[:3], chunk)
         at = i * chunk + jnp.arange(chunk)
         seen = at <= query_at
@@ -79,9 +85,7 @@ def _rows(
         fade = jnp.exp(peak - new_peak)
         total = total * fade + weight.sum(-1, keepdims=True)
         weight = weight.astype(v.dtype).reshape(*weight.shape[:3], per_chunk, page)
-        acc = acc * fade + jnp.einsum(
-            "bkqpc,bpkch->bkqh", weight, v, preferred_element_type=jnp.float32
-        )
+        acc = acc * fade + dot("bkqpc,bpkch->bkqh", weight, v)
         return new_peak, total, acc
 
     rows = (b, kv_heads, t * group)
