@@ -2,8 +2,8 @@
 
     python experiments/000_demo_adapters/train.py [--only shout] [--out jlora/demo/adapters]
 
-Run from the repository's root with the parity extra installed. CPU, one thread, fixed seed: the
-same machine and versions give the same files. The last line printed is one JSON document.
+Run from the repository's root with the parity extra installed. CPU, one thread, fixed seed,
+deterministic kernels. The last line printed is one JSON document.
 """
 
 import argparse
@@ -35,10 +35,11 @@ class Recipe:
     """How one adapter is made."""
 
     answer: Callable[[dict[str, str]], str]
-    """Record of data.jsonl -> the text that the assistant learns to say."""
+    """Record -> the text that the assistant learns to say."""
     lora: dict[str, Any]
     """Arguments of LoraConfig. Each recipe has another shape: a server must mix them."""
     data: tuple[str, ...] = ("data.jsonl",)
+    """Files of records beside this one."""
     lr: float
     epochs: int
 
