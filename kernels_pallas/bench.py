@@ -5,6 +5,7 @@ WITHOUT LoRA, then the same chain with LoRA. Last line: one JSON document.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import platform
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels_pallas import testing
-from kernels_pallas.lora_matmul import RankPool, lora_matmul
+from kernels_pallas.lora_matmul import PAGE, RankPool, lora_matmul
 from kernels_pallas.lora_matmul.shapes import LLAMA_8B, Shapes
 
 Matmul = Callable[[str, jax.Array], jax.Array]
@@ -53,37 +54,48 @@ def median_ms(f: Callable[..., Any], *args: Any, calls: int = 20, repeats: int =
     return float(np.median(times))
 
 
-def run(
-    *,
-    rows: int,
-    cases: list[tuple[str, int | None]],
-    layers: int = 32,
-    implementation: str | None = None,
-    shapes: Shapes = LLAMA_8B,
-    dtype: Any = jnp.bfloat16,
-) -> list[dict[str, Any]]:
-    """One result a case (pattern, rank or None for mixed): milliseconds and speed against base."""
-    width = shapes["qkv"][0]
-    batches = [testing.pattern(name, rows, rank=rank) for name, rank in cases]
-    pages = max(batch.pages for batch in batches) + 8
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Model:
+    """Random weights and rank pools of a stack of layers."""
 
-    def random(seed: int, shape: tuple[int, ...], scale: float) -> jax.Array:
+    shapes: Shapes
+    dtype: Any
+    pages: int
+    weights: list[dict[str, jax.Array]]
+    pools: list[dict[str, RankPool]]
+
+
+def random_model(
+    *, layers: int, pages: int, shapes: Shapes = LLAMA_8B, dtype: Any = jnp.bfloat16
+) -> Model:
+    """Made on the device; page 0 of every pool is zeros."""
+
+    def random(seed: Any, shape: tuple[int, ...], scale: float) -> jax.Array:
         values = jax.random.normal(jax.random.key(seed), shape, jnp.float32) * scale
         return values.astype(dtype)
 
     make = jax.jit(random, static_argnums=(1, 2))
-    x = make(0, (rows, width), 1.0)
-    weights, pools = [], []
+    weights: list[dict[str, jax.Array]] = [{} for _ in range(layers)]
+    pools: list[dict[str, RankPool]] = [{} for _ in range(layers)]
     for i in range(layers):
-        weights.append({})
-        pools.append({})
         for j, (group, (k, parts)) in enumerate(shapes.items()):
-            seed = 10 * (i * len(shapes) + j)
+            seed = np.int32(10 * (i * len(shapes) + j))
             weights[i][group] = make(seed + 1, (k, sum(parts)), k**-0.5)
-            a = make(seed + 2, (pages, len(parts) * 16, k), k**-0.5).at[0].set(0)
-            b = make(seed + 3, (pages, 16, sum(parts)), 0.02).at[0].set(0)
+            a = make(seed + 2, (pages, len(parts) * PAGE, k), k**-0.5).at[0].set(0)
+            b = make(seed + 3, (pages, PAGE, sum(parts)), 0.02).at[0].set(0)
             pools[i][group] = RankPool(a=a, b=b)
     jax.block_until_ready((weights, pools))
+    return Model(shapes=shapes, dtype=dtype, pages=pages, weights=weights, pools=pools)
+
+
+def run(
+    model: Model, batches: list[testing.Rows], *, implementation: str | None = None
+) -> list[dict[str, Any]]:
+    """One result a batch (all of one size): milliseconds, and speed against no LoRA."""
+    shapes, rows = model.shapes, len(batches[0].adapter)
+    x = jax.random.normal(jax.random.key(0), (rows, shapes["qkv"][0]), jnp.float32)
+    x = x.astype(model.dtype)
+    bucket = -(-max(1, *(batch.pages for batch in batches)) // 8) * 8
 
     @jax.jit
     def base(x: jax.Array, weights: Any) -> jax.Array:
@@ -103,24 +115,25 @@ def run(
             )
         return x
 
-    before = median_ms(base, x, weights)
+    before = median_ms(base, x, model.weights)
     results = []
-    for (name, rank), batch in zip(cases, batches, strict=True):
-        segs = testing.segments(batch, pool_pages=pages, bucket=pages)
-        lora = median_ms(with_lora, x, weights, pools, segs)
+    for batch in batches:
+        segs = testing.segments(batch, pool_pages=model.pages, bucket=bucket)
+        lora = median_ms(with_lora, x, model.weights, model.pools, segs)
         results.append(
             {
                 "rows": rows,
-                "pattern": name,
-                "rank": rank or "8..64",
                 "adapters": len(batch.ranks),
+                "ranks": f"{min(batch.ranks, default=0)}..{max(batch.ranks, default=0)}",
                 "pages": batch.pages,
                 "base_ms": round(before, 4),
                 "lora_ms": round(lora, 4),
                 "speed": round(before / lora, 4),
             }
         )
-        print(json.dumps(results[-1]), flush=True)
+        print("M={rows:5d} {adapters:4d} adapters of rank {ranks:6s} {pages:4d} pages  "
+              "base {base_ms:.3f} ms  lora {lora_ms:.3f} ms  speed {speed:.3f}".format(**results[-1]),
+              flush=True)  # fmt: skip
     return results
 
 
@@ -130,29 +143,28 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--patterns", nargs="+", default=["base", "identical", "zipf", "distinct"])
     parser.add_argument("--mixed", action="store_true", help="add distinct adapters of ranks 8..64")
+    parser.add_argument("--resident", type=int, default=32, help="adapters drawn from")
     parser.add_argument("--implementation", default=None)
     args = parser.parse_args()
-    cases: list[tuple[str, int | None]] = [(name, 16) for name in args.patterns]
-    if args.mixed:
-        cases.append(("distinct", None))
+    batches = {
+        rows: [testing.pattern(name, rows, resident=args.resident) for name in args.patterns]
+        + ([testing.pattern("distinct", rows, rank=None)] if args.mixed else [])
+        for rows in args.rows
+    }
+    pages = 8 + max(batch.pages for some in batches.values() for batch in some)
+    model = random_model(layers=args.layers, pages=pages)
     results = []
-    for rows in args.rows:
-        results += run(
-            rows=rows, cases=cases, layers=args.layers, implementation=args.implementation
-        )
-    for r in results:
-        print("M={rows:5d} {pattern:10s} rank {rank!s:6s} {adapters:4d} adapters  "
-              "base {base_ms:.3f} ms  lora {lora_ms:.3f} ms  {speed:.3f}".format(**r))  # fmt: skip
+    for some in batches.values():
+        results += run(model, some, implementation=args.implementation)
     here = os.path.dirname(os.path.abspath(__file__))
     git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True)
-    device = jax.devices()[0]
     print(
         json.dumps(
             {
-                "device": device.device_kind,
+                "device": jax.devices()[0].device_kind,
                 "jax": jax.__version__,
                 "python": platform.python_version(),
-                "commit": git.stdout.strip() or None,
+                "commit": git.stdout.strip() if git.returncode == 0 else None,
                 "command": " ".join(sys.argv),
                 "results": results,
             }
