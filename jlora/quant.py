@@ -5,6 +5,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from kernels_pallas.lora_matmul import ActivePages, RankPool, Segments, lora_matmul
+
 
 class Dense(nnx.Module):
     """An unquantised weight, stored [in, out] (measured faster on XLA:CPU than [out, in])."""
@@ -12,9 +14,23 @@ class Dense(nnx.Module):
     def __init__(self, shape: tuple[int, int], axes: tuple[str, str], dtype: jnp.dtype):
         self.kernel = nnx.Param(jnp.zeros(shape, dtype), axes=axes)
 
-    def matmul(self, x: Float[Array, "T in"]) -> Float[Array, "T out"]:
-        """x @ W, accumulated and returned in float32."""
-        return matmul(x, self.kernel[...])
+    def matmul(
+        self,
+        x: Float[Array, "T in"],
+        adapters: RankPool | ActivePages | None = None,
+        segments: Segments | None = None,
+        part_sizes: tuple[int, ...] | None = None,
+    ) -> Float[Array, "T out"]:
+        """x @ W plus each row's own delta, accumulated and returned in float32."""
+        kernel = self.kernel[...]
+        return lora_matmul(
+            x,
+            kernel,
+            adapters,
+            segments,
+            part_sizes=part_sizes or kernel.shape[1:],
+            out_dtype=jnp.float32,
+        )
 
 
 def matmul(x: Float[Array, "M K"], y: Float[Array, "K N"]) -> Float[Array, "M N"]:

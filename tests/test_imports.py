@@ -49,7 +49,7 @@ ALLOWED = {
     "jlora.models.config": {"jlora.errors", "jlora.models"},
     "jlora.sharding": {"jlora.models.config", "jlora.errors"},
     "jlora.batch": {"jlora.shape", "kernels_pallas"},
-    "jlora.quant": set(),
+    "jlora.quant": {"kernels_pallas"},
     "jlora.ops": {"kernels_pallas", "jlora.batch", "jlora.quant", "jlora.sharding"},
     "jlora.models": HOST
     | {"jlora.models", "jlora.ops", "jlora.batch", "jlora.quant", "jlora.sharding"}

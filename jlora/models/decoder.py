@@ -19,7 +19,7 @@ from jlora.ops import KV
 from jlora.quant import Dense, matmul
 from jlora.shape import Shape
 from jlora.sharding import AXIS, GROUP_AXES, Layout
-from kernels_pallas.lora_matmul import ActivePages, RankPool, lora_delta
+from kernels_pallas.lora_matmul import ActivePages, RankPool
 
 Pools = list[dict[str, RankPool | ActivePages]]
 """Rank pools, or copies of the active pages, by layer and projection group."""
@@ -44,9 +44,8 @@ class Linear(nnx.Module):
     ) -> Float[Array, "T out"]:
         """Projection plus the rows' adapter deltas, float32. The only all-reduce is the base's:
         for an input-sharded group the adapter's partial sum joins it."""
-        y = self.weight.matmul(x)
-        if pools is not None:
-            y = y + lora_delta(x, pools[self.group], batch.segments, part_sizes=self.parts)
+        own = pools[self.group] if pools is not None else None
+        y = self.weight.matmul(x, own, batch.segments, self.parts)
         y = ops.all_reduce(y, self.summed_over)
         return y if self.bias is None else y + self.bias[...]
 
