@@ -4,6 +4,7 @@ All are lowered and compiled by `compile_all`; asking for one that was not compi
 so nothing ever compiles while requests wait. All run under `jax.shard_map` and see local shapes.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -78,7 +79,7 @@ class Programs:
         scored = sorted({shape.tokens for shape in shapes if shape.prefill})
         total = len(counts) + len(shapes) + len(scored)
         jobs: list[tuple[dict, Any, Any]] = []
-        with ThreadPoolExecutor(max_workers=2) as workers:
+        with ThreadPoolExecutor(max_workers=os.cpu_count() or 2) as workers:
 
             def start(table: dict, key: Any, lowered: Any) -> None:
                 jobs.append((table, key, workers.submit(lowered.compile)))
