@@ -96,6 +96,8 @@ class Engine:
         self._stop = threading.Event()
         self._refusing = False
         self._failed: str | None = None
+        self._ended = False
+        self._gate = threading.Lock()  # between a late `submit` and the thread's last look
         self._steps = 0
         self._stats = self._snapshot()
         self._thread = threading.Thread(target=self._run, name="jlora-engine", daemon=True)
@@ -150,12 +152,20 @@ class Engine:
         )
         if adapter is not None:
             self._store.acquire(adapter)
-        self._inbox.put(lambda: self._add(_Client(seq, on_event)))
+        with self._gate:
+            if not self._ended:
+                self._inbox.put(lambda: self._add(_Client(seq, on_event)))
+                return
+        if adapter is not None:
+            self._store.release(adapter)
+        raise RuntimeError("the engine has stopped")
 
     def abort(self, request_id: str) -> None:
         """Ends a request; its last event says "abort". Unknown ids are ignored."""
 
         def end() -> None:
+            if self._ended:
+                return
             seq = self._scheduler.abort(request_id)
             if seq is not None:
                 self._close(seq)
@@ -176,7 +186,8 @@ class Engine:
             return
         deadline = time.monotonic() + timeout
         self._refusing = True
-        while self._clients and time.monotonic() < deadline and self.ready:
+        unread = self._inbox.empty
+        while (self._clients or not unread()) and time.monotonic() < deadline and self.ready:
             time.sleep(0.02)
         self._stop.set()
         self.wake()
@@ -192,11 +203,15 @@ class Engine:
             log.exception("the engine stopped")
             self._failed = f"{type(error).__name__}: {error}"
             reason = "error"
+        with self._gate:
+            self._ended = True
+        self._read_inbox(wait=False)  # what came during the last step still gets its last event
         for client in list(self._clients.values()):
             if client.seq.finish_reason is None:
                 client.seq.finish_reason = reason  # type: ignore[assignment]
                 client.seq.error = self._failed
             self._close(client.seq)
+        self._scheduler.abandon()
 
     def _loop(self) -> None:
         pending: deque[tuple[Plan, Pending]] = deque()
@@ -228,12 +243,15 @@ class Engine:
     def _add(self, client: _Client) -> None:
         seq = client.seq
         try:
+            if self._ended:
+                raise JloraError(self._failed or "the engine is shutting down")
             self._scheduler.add(seq)
-        except JloraError as error:  # a request id that is in use
+        except JloraError as error:  # or a request id that is in use
             if seq.adapter is not None:
                 self._store.release(seq.adapter)
-            client.on_event(
-                Event(request_id=seq.request_id, finish_reason="error", error=str(error))
+            reason = "error" if self._failed or not self._ended else "abort"
+            self._emit(
+                client, Event(request_id=seq.request_id, finish_reason=reason, error=str(error))
             )
             return
         self._clients[seq.request_id] = client

@@ -146,6 +146,14 @@ class Scheduler:
             self._finish(seq, "abort")
         return seq
 
+    def abandon(self) -> None:
+        """The engine ends: give back the adapters that requests still hold."""
+        for seq in (*self._live.values(), *self._closing):
+            if seq.adapter is not None:
+                self.store.release(seq.adapter)
+        self._live.clear()
+        self._closing.clear()
+
     def take_ended(self) -> list[Sequence]:
         """Sequences that ended in `schedule`, because their adapter can't be used (`error`)."""
         ended, self._ended = self._ended, []
