@@ -50,7 +50,7 @@ def tuning(rows: int, width: int, part_sizes: tuple[int, ...], sms: int) -> Tuni
     group = 2 if parts > 2 or rows > 64 else 4
     shrink_stages = 2 if rows > 64 else 3 if bn == 256 else 4
     stages = 3 if bn == 256 else 5 if split == 1 else 4
-    tail = max(1, min(8, width // bk // split // 8))
+    tail = max(1, min(8, width // bk // split // 4))
     made = Tuning(
         bn=bn, bk=bk, split=split, stages=stages, slices=slices, group=group,
         shrink_stages=shrink_stages, tail=tail,

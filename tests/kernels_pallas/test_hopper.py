@@ -1,0 +1,111 @@
+"""The fused Hopper kernel in Mosaic GPU's interpreter, and the tile sizes it picks.
+
+The interpreter has no grid-wide counters: it runs the kernel's three phases as three launches.
+tests/gpu runs the one launch.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels_pallas import testing
+from kernels_pallas.lora_matmul import RankPool, Segments, hopper, lora_matmul
+from kernels_pallas.lora_matmul.hopper_tuning import SHARED_BYTES, Tuning, _shared_bytes, tuning
+from kernels_pallas.lora_matmul.shapes import LLAMA_8B, TINY
+
+BLOCKS = 2  # the interpreter runs every warpgroup of every block as a thread
+SMALL = Tuning(
+    bn=64, bk=64, split=1, stages=2, slices=2, group=2, shrink_stages=2, tail=1
+)  # fmt: skip
+
+
+def case(
+    group: str, rows: testing.Rows
+) -> tuple[jax.Array, jax.Array, RankPool, Segments, tuple[int, ...]]:
+    width, parts = TINY[group]
+    rng, kind = np.random.default_rng(3), jnp.dtype("bfloat16")
+    x, w = testing.random_inputs(
+        rng, rows=len(rows.adapter), width=width, total=sum(parts), dtype=kind
+    )
+    pages = rows.pages + 4
+    pool = testing.random_pool(rng, pages=pages, width=width, part_sizes=parts, dtype=kind)
+    segs = testing.segments(rows, pool_pages=pages, bucket=rows.pages + 1)
+    unused = np.setdiff1d(np.arange(1, pages), np.asarray(segs.pages))
+    pool = RankPool(a=pool.a.at[unused].set(jnp.nan), b=pool.b.at[unused].set(jnp.nan))
+    return x, w, pool, segs, parts
+
+
+@pytest.mark.parametrize(
+    ("group", "count", "name", "config"),
+    [
+        ("qkv", 13, "uniform", SMALL),
+        ("down", 16, "zipf", Tuning(bn=64, bk=128, split=2, stages=2, slices=4, group=4,
+                                    shrink_stages=2, tail=1)),
+    ],
+)  # fmt: skip
+def test_interpreted_kernel_matches_float64(
+    group: str, count: int, name: str, config: Tuning
+) -> None:
+    rows = testing.pattern(name, count, rank=None, resident=4)
+    rows.adapter[::5] = -1
+    x, w, pool, segs, parts = case(group, rows)
+    out = hopper.matmul(
+        x, w, pool, segs, part_sizes=parts, config=config, sms=BLOCKS, interpret=True
+    )
+    base, delta = testing.exact(x, w, pool, segs, parts)
+    got = np.asarray(out.astype(jnp.float32))
+    assert testing.delta_error(got, base, delta) < testing.tolerance(jnp.dtype("bfloat16"))
+
+
+@pytest.mark.slow
+def test_interpreted_kernel_takes_many_row_blocks() -> None:
+    rows = testing.pattern("uniform", 200, rank=16, resident=3)
+    x, w, pool, segs, parts = case("gate_up", rows)
+    out = hopper.matmul(
+        x, w, pool, segs, part_sizes=parts, config=SMALL, sms=BLOCKS, interpret=True
+    )
+    base, delta = testing.exact(x, w, pool, segs, parts)
+    got = np.asarray(out.astype(jnp.float32))
+    assert testing.delta_error(got, base, delta) < testing.tolerance(jnp.dtype("bfloat16"))
+
+
+def test_gradients_of_the_fused_matmul_are_those_of_xla(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = testing.pattern("uniform", 8, rank=16, resident=2)
+    x, w, pool, segs, parts = case("o", rows)
+    pool = jax.tree.map(jnp.nan_to_num, pool)
+
+    def plain(x: jax.Array, w: jax.Array, pool: RankPool) -> jax.Array:
+        return lora_matmul(x, w, pool, segs, part_sizes=parts, implementation="xla")
+
+    def fused(x: jax.Array, w: jax.Array, pool: RankPool) -> jax.Array:
+        return hopper.matmul(x, w, pool, segs, part_sizes=parts, config=SMALL, sms=BLOCKS)
+
+    # Only the backward pass is under test: the forward pass has tests of its own.
+    monkeypatch.setattr(
+        hopper, "_launch", lambda x, w, *_, **__: jnp.zeros((1, x.shape[0], w.shape[1]), x.dtype)
+    )
+    ones = jnp.ones((8, sum(parts)), jnp.bfloat16)
+    ours = jax.vjp(fused, x, w, pool)[1](ones)
+    wanted = jax.vjp(plain, x, w, pool)[1](ones)
+    for got, want in zip(jax.tree.leaves(ours), jax.tree.leaves(wanted), strict=True):
+        got, want = np.asarray(got, np.float32), np.asarray(want, np.float32)
+        assert np.linalg.norm(got - want) < 1e-2 * np.linalg.norm(want)
+        assert np.linalg.norm(want) > 0.1
+
+
+@pytest.mark.parametrize("rows", [8, 16, 32, 64, 128, 256])
+@pytest.mark.parametrize("group", list(LLAMA_8B))
+def test_tiles_fit_shared_memory_and_divide_the_shape(rows: int, group: str) -> None:
+    width, parts = LLAMA_8B[group]
+    t = tuning(rows, width, parts, 132)
+    assert _shared_bytes(t, rows, len(parts)) <= SHARED_BYTES
+    assert all(size % t.bn == 0 for size in parts)
+    assert width % (t.bk * t.split) == 0
+    assert width % (64 * t.slices) == 0
+    assert 0 < t.tail < width // t.bk // t.split
+
+
+def test_a_part_that_no_tile_divides_is_refused_with_the_reason() -> None:
+    with pytest.raises(NotImplementedError, match="multiple of 64"):
+        tuning(8, 4096, (4096, 96, 96), 132)
