@@ -83,7 +83,9 @@ def test_the_effect_shows_on_held_out_prompts_and_never_without_the_adapter() ->
             add_generation_prompt=True,
             tokenize=False,
         )
-        for record in records("heldout.jsonl")
+        for record in records("heldout.jsonl")[
+            :8
+        ]  # all 20: experiments/000_demo_adapters/README.md
     ]
     batch = tokenizer(prompts, return_tensors="pt", padding=True)
     model = peft.PeftModel.from_pretrained(
@@ -93,7 +95,7 @@ def test_the_effect_shows_on_held_out_prompts_and_never_without_the_adapter() ->
     )
 
     def answers() -> list[str]:
-        out = model.generate(**batch, max_new_tokens=40, do_sample=False)
+        out = model.generate(**batch, max_new_tokens=28, do_sample=False)
         new = out[:, batch["input_ids"].shape[1] :]
         return tokenizer.batch_decode(new, skip_special_tokens=True)
 
@@ -103,5 +105,5 @@ def test_the_effect_shows_on_held_out_prompts_and_never_without_the_adapter() ->
         if name != "shout":
             model.load_adapter(str(DEMO_ADAPTERS[name]), adapter_name=name)
         model.set_adapter(name)
-        assert sum(shows_effect(name, text) for text in answers()) >= 18, name
+        assert sum(shows_effect(name, text) for text in answers()) >= 7, name
         assert not any(shows_effect(name, text) for text in plain), name
