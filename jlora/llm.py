@@ -103,7 +103,8 @@ class LLM:
         for prompt in prompts:
             checked = self.check(prompt, params)
             for sample in range(params.n):
-                seed = None if params.seed is None else params.seed + sample
+                # 31 bits are all that the sampler uses; -2 + 1 must not become -1, "no seed".
+                seed = None if params.seed is None else (params.seed + sample) & 0x7FFFFFFF
                 choices.append(
                     Choice(
                         index=len(choices),

@@ -57,6 +57,9 @@ def attention(
 ) -> tuple[Float[Array, "T N H"], KV]:
     """Stores the step's K/V in its pages, then attends over each row's whole context."""
     pages, offsets = kv_place(batch, kv[0].shape[2], decode, block)
+    # A masked position weighs 0, and 0 · NaN is NaN: what an adapter that overflows leaves in a page
+    # must not reach the page's next owner. (Masked keys are harmless: their score is replaced.)
+    v = jnp.where(jnp.isfinite(v), v, 0)
     keys, values = write_kv(kv[0], k, pages, offsets), write_kv(kv[1], v, pages, offsets)
     out = paged_attention(
         q,

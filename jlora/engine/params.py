@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from jlora.errors import ParameterError
 
 MAX_LOGIT_BIAS = 512
+MAX_STOP_TOKENS = 64
 MIN_TEMPERATURE = 0.01
 """A smaller temperature above 0 is raised to this one, as vLLM does: logits / 1e-6 overflow."""
 
@@ -109,6 +110,12 @@ class SamplingParams:
                 raise ParameterError(
                     f"stop must hold non-empty strings, got {text!r}", param="stop"
                 )
+        if len(self.stop_token_ids) > MAX_STOP_TOKENS:
+            raise ParameterError(
+                f"stop_token_ids may hold {MAX_STOP_TOKENS} tokens at most, "
+                f"got {len(self.stop_token_ids)}",
+                param="stop_token_ids",
+            )
         for token in self.stop_token_ids:
             _integer("stop_token_ids", token, 0)
 

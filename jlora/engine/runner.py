@@ -76,7 +76,7 @@ class Runner:
         """Allocates K/V pools of `num_pages` pages and the slots; compiles nothing yet."""
         cfg = layout.cfg
         self.config, self.rank_pages, self.vocab = config, rank_pages, cfg.vocab
-        on_cpu = mesh.devices.flat[0].platform == "cpu"
+        self._on_cpu = on_cpu = mesh.devices.flat[0].platform == "cpu"
         self.programs = Programs(model, layout, mesh, config.max_logprobs, copy_pages=on_cpu)
         dtype = self.programs.dtype
         page = (num_pages, layout.kv_heads, config.page_size, cfg.head_dim)
@@ -119,10 +119,12 @@ class Runner:
         """Compiles every program that serving can need, then runs each once."""
         self.programs.compile_all(shapes, self.rank_pages.pools, self.kv, self.slots, progress)
         self.rank_pages.warm_up()
-        for shape in shapes:
+        # A GPU captures its graph in a program's first run; on a CPU a first run is as any other.
+        for shape in shapes[:1] if self._on_cpu else shapes:
             jax.block_until_ready(self._run(shape, empty(shape, self.config.max_num_seqs)))
+        # Greedy: one padding row that draws would make every padded step draw for all its rows.
         row = sampler.slot_row(
-            SamplingParams(), prompt_length=0, seed=0, stop_ids=(), vocab=self.vocab
+            SamplingParams(temperature=0.0), prompt_length=0, seed=0, stop_ids=(), vocab=self.vocab
         )
         trash = np.int32(self.config.max_num_seqs)
         self.slots = self._write_slot(self.slots, trash, row)

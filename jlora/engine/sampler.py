@@ -15,13 +15,13 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jlora.batch import Batch
-from jlora.engine.params import SamplingParams
+from jlora.engine.params import MAX_STOP_TOKENS, SamplingParams
 
 MAX_BIAS = 512
 """Entries of logit_bias that a slot holds."""
 
-MAX_STOPS = 64
-"""Stop tokens that min_tokens can hold back."""
+MAX_STOPS = MAX_STOP_TOKENS + 16
+"""Stop tokens that min_tokens can hold back: a request's own and the model's."""
 
 IN_PROMPT = 1 << 24
 """Added to a token's count when the prompt has it."""
@@ -106,7 +106,7 @@ def slot_row(
         params.repetition_penalty,
     ]
     ints = [
-        max(params.top_k, 0),
+        min(max(params.top_k, 0), vocab),  # any integer is allowed; int32 holds it now
         seed & 0x7FFFFFFF,
         prompt_length + params.min_tokens,
         int(params.logprobs is not None),

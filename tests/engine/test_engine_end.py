@@ -40,6 +40,26 @@ class Device:
         return Result(tokens=dict.fromkeys(pending, 5))
 
 
+class Job:
+    """One request, and its events as they come."""
+
+    def __init__(self, engine: Engine, prompt: list[int], entry: Any, params: SamplingParams):
+        self.events: list[Event] = []
+        self._done = threading.Event()
+        engine.submit(f"job{id(self)}", prompt, params, entry, self._take)
+
+    def _take(self, event: Event) -> None:
+        self.events.append(event)
+        if event.finish_reason is not None:
+            self._done.set()
+
+    @property
+    def tokens(self) -> list[int]:
+        assert self._done.wait(60), "the request did not end"
+        assert self.events[-1].error is None
+        return [token for event in self.events for token in event.token_ids]
+
+
 @pytest.fixture
 def parts():
     from jlora.adapters.store import AdapterStore

@@ -20,6 +20,7 @@ WRONG: list[tuple[str, Any]] = [
     ("seed", 1.5), ("seed", 2**63), ("seed", True),
     ("stop", ("",)), ("stop", (1,)), ("stop", 3),
     ("stop_token_ids", (-1,)), ("stop_token_ids", ("a",)), ("stop_token_ids", 7),
+    ("stop_token_ids", tuple(range(65))),
     ("ignore_eos", 1), ("skip_special_tokens", "no"), ("include_stop_str_in_output", None),
     ("max_tokens", -1), ("max_tokens", 0), ("max_tokens", 2.0),
     ("min_tokens", -1), ("min_tokens", 17),

@@ -116,6 +116,13 @@ def test_samples_of_one_prompt_have_their_own_seeds(server: Running):
     )
 
 
+def test_samples_of_a_negative_seed_are_all_seeded(server: Running):
+    server.client().completions.create(model="shout", prompt="a", n=3, seed=-2)
+    seeds = [request.params.seed for request in server.engine.requests]
+    assert None not in seeds  # -1 is vLLM's word for no seed
+    assert len(set(seeds)) == 3
+
+
 def test_every_sampling_field_reaches_the_engine(server: Running):
     fields = {
         "temperature": 0.5,
