@@ -141,15 +141,17 @@ async def adapters(request: Request) -> Response:
 
 
 async def health(request: Request) -> Response:
-    return Response(status_code=200)
+    """503 once the engine has stopped, as vLLM answers: only a restart helps then."""
+    return Response(status_code=200 if service_of(request).llm.engine.ready else 503)
 
 
 async def ready(request: Request) -> Response:
     service = service_of(request)
     if service.ready:
         return Json({"ready": True})
-    why = "is shutting down" if service.draining else "is still starting"
-    raise HttpError(503, f"the server {why}")
+    if not service.draining:
+        raise HttpError(503, "the engine has stopped; see the server's log")
+    raise HttpError(503, "the server is shutting down")
 
 
 async def version(request: Request) -> Response:

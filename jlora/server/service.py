@@ -79,7 +79,14 @@ class Service:
             raise HttpError(503, "the engine has stopped; see the server's log")
         if self.waker is None:
             self.waker = LoopWaker(asyncio.get_running_loop())
-        stream = self.llm.stream(prompts, params, adapter=adapter, waker=self.waker)
+        try:
+            stream = self.llm.stream(prompts, params, adapter=adapter, waker=self.waker)
+        except UnknownModelError:
+            if adapter is None:
+                raise
+            # Replaced under its name while the prompt was tokenized: the new weights are meant.
+            adapter = self.llm.resolve(adapter.name)
+            stream = self.llm.stream(prompts, params, adapter=adapter, waker=self.waker)
         self.metrics.started(stream)
         self.streams.add(stream)
         return stream

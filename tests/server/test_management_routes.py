@@ -10,6 +10,7 @@ from typing import Any
 import openai
 import pytest
 
+from jlora.tokenizer import Tokenizer
 from tests.server.conftest import Running
 from tests.server.fakes import write_adapter
 
@@ -157,6 +158,22 @@ def test_a_reload_leaves_running_requests_on_the_old_weights(server: Running):
     asking.join(10)
     assert got == ["old old old old"]
     assert say(server, "pet") == "new new"
+
+
+def test_a_reload_while_a_request_is_tokenized_gives_it_the_new_weights(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+):
+    new = write_adapter(server.adapters / "new", "new new")
+    encode = Tokenizer.encode
+
+    def slow(self: Tokenizer, text: str, **options: bool) -> list[int]:
+        if text == "reload now":
+            server.llm.store.load("shout", new, replace=True)
+        return encode(self, text, **options)
+
+    monkeypatch.setattr(Tokenizer, "encode", slow)
+    got = server.client().completions.create(model="shout", prompt="reload now")
+    assert got.choices[0].text == "new new"
 
 
 # Steps as SGLang's test of dynamic loading writes them: what is done, what is there afterwards.
