@@ -152,7 +152,7 @@ def test_cases_take_turns_and_rounds_alternate_their_order():
     steps = list(schedule.steps())
     assert steps[:4] == [(0, 1, "base"), (0, 1, "one"), (0, 1, "mixed"), (0, 8, "base")]
     assert steps[6:9] == [(1, 1, "mixed"), (1, 1, "one"), (1, 1, "base")]
-    assert schedule.requests == 2 * 3 * (8 + 24)
+    assert schedule.requests == 2 * 3 * (6 + 16)
 
 
 def test_every_model_is_warm_before_anything_is_measured():
@@ -276,7 +276,7 @@ def test_in_process_with_random_adapters(
     assert bench.main([*argv, "--random-input-len", "10", "--random-output-len", "6"]) == 0
     document = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert [row["case"] for row in document["results"]] == ["base", "one", "mixed"]
-    assert [row["tokens"] for row in document["results"]] == [48, 48, 48]
+    assert [row["tokens"] for row in document["results"]] == [36, 36, 36]
     assert document["models"][1:] == ["random-0", "random-1", "random-2"]
     assert document["device"]["platform"] == "cpu"
     assert list(tmp_path.iterdir()) == []  # the adapters are gone

@@ -18,7 +18,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -75,8 +75,8 @@ def servers(args: argparse.Namespace, model: Path, adapters: dict[str, Path]) ->
 
 
 @contextmanager
-def running(server: Server, logs: Path) -> Iterator[tuple[str, float]]:
-    """A server that answers: its address, and the seconds that it took to start."""
+def running(server: Server, logs: Path) -> Iterator[tuple[str, int, float]]:
+    """A server that answers: its address, its process group, and the seconds that it took to start."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -98,7 +98,7 @@ def running(server: Server, logs: Path) -> Iterator[tuple[str, float]]:
                 if process.poll() is not None or time.monotonic() - start > READY_SECONDS:
                     sys.exit(f"{server.name} did not start; see {log}")
                 time.sleep(0.2)
-            yield url, time.monotonic() - start
+            yield url, process.pid, time.monotonic() - start
         finally:
             _end(process)
 
@@ -133,6 +133,39 @@ def load(url: str, models: Sequence[str], args: argparse.Namespace, number: int)
         command += ["--num-prompts", str(args.num_prompts)]
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def busy_ticks() -> int:
+    """CPU time of the whole machine since boot, stolen time included."""
+    fields = [int(x) for x in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
+    return sum(fields) - fields[3] - fields[4]  # less idle and iowait
+
+
+def group_ticks(group: int) -> int:
+    """CPU time of a process group so far."""
+    total = 0
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:  # it has ended
+            continue
+        if int(fields[2]) == group:
+            total += int(fields[11]) + int(fields[12])
+    return total
+
+
+def others_share(group: int, action: Callable[[], dict[str, Any]]) -> tuple[dict[str, Any], float]:
+    """What `action` gives, and the share of all cores that neither it nor the server used meanwhile."""
+    start, before = time.monotonic(), busy_ticks() - group_ticks(group)
+    client = os.times()
+    result = action()
+    after = os.times()
+    ours = (after.children_user - client.children_user) + (
+        after.children_system - client.children_system
+    )
+    ticks = os.sysconf("SC_CLK_TCK")
+    others = (busy_ticks() - group_ticks(group) - before) / ticks - ours
+    return result, others / (time.monotonic() - start) / (os.cpu_count() or 1)
 
 
 def summary(results: Sequence[dict[str, Any]], names: Sequence[str]) -> list[dict[str, Any]]:
@@ -195,6 +228,8 @@ def main() -> None:
     parser.add_argument("--output-len", type=int, default=64)
     parser.add_argument("--out", type=Path, default=HERE / "results.json")
     args = parser.parse_args()
+    # Whoever ends this ends the server that runs, too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 
     model = demo_model_folder()
     work = Path(tempfile.mkdtemp(prefix="jlora-vllm-"))
@@ -215,20 +250,28 @@ def main() -> None:
             turn = [server for server in all_servers if number % server.every == 0]
             for server in turn if number % 2 == 0 else reversed(turn):
                 before = os.getloadavg()[0]
-                with running(server, work) as (url, ready):
-                    bench = load(url, ["base", *adapters], args, number)
+                with running(server, work) as (url, group, ready):
+                    bench, others = others_share(
+                        group,
+                        lambda url=url, n=number: load(url, ["base", *adapters], args, n),
+                    )
                 results.append(
                     {
                         "round": number,
                         "server": server.name,
                         "ready_s": round(ready, 1),
                         "load_before": before,
+                        "others_cpu": round(others, 3),
                         "bench": bench,
                     }
                 )
                 document["summary"] = summary(results, names)
                 args.out.write_text(json.dumps(document, indent=1) + "\n")
-                print(f"round {number}: {server.name} done, ready after {ready:.0f} s", flush=True)
+                print(
+                    f"round {number}: {server.name}: ready after {ready:.0f} s; others used "
+                    f"{others:.1%} of the cores",
+                    flush=True,
+                )
         show(summary(results, names))
     finally:
         shutil.rmtree(work / "adapters", ignore_errors=True)

@@ -31,7 +31,7 @@ class BenchOptions(ModelOptions):
     """Requests in flight; one or several values."""
 
     num_prompts: int | None = None
-    """Requests of each measurement. Default: three for each client, at least eight."""
+    """Requests of each measurement. Default: two for each client, at least six."""
 
     random_input_len: int = 64
     """Tokens of a prompt."""

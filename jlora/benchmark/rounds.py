@@ -43,12 +43,12 @@ class Schedule:
     """Case -> models."""
     concurrency: Sequence[int]
     num_prompts: int | None
-    """Requests of a closed loop; None: three for each client and at least eight."""
+    """Requests of a closed loop; None: two for each client and at least six."""
     repeats: int
 
     def prompts_at(self, concurrency: int) -> int:
         """Requests of one closed loop."""
-        return self.num_prompts or max(8, 3 * concurrency)
+        return self.num_prompts or max(6, 2 * concurrency)
 
     @property
     def requests(self) -> int:
