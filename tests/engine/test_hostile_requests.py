@@ -1,7 +1,10 @@
 """What one request or adapter can do to the others: nothing, however extreme its values are."""
 
+import shutil
+
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from jlora.engine.params import SamplingParams
 from tests.engine.test_engine_end import Job
@@ -10,13 +13,16 @@ PROMPT = list(range(20, 57))
 
 
 @pytest.fixture(scope="module")
-def parts(tiny_model, tiny_adapter):
+def parts(tiny_model, tiny_adapter, tmp_path_factory):
     from jlora.build import build_engine
     from jlora.options import ModelOptions
 
     folder = tiny_model("llama")
-    # finite numbers, as every adapter that loads has them; its values overflow in the forward
-    wild = tiny_adapter(folder, r=4, targets=["v_proj"], seed=1, effect=1e37)
+    wild = tmp_path_factory.mktemp("wild") / "lora"
+    shutil.copytree(tiny_adapter(folder, r=4, targets=["v_proj"], seed=1), wild)
+    values = load_file(wild / "adapter_model.safetensors")
+    # Finite, or it would not load; the product of A and B is not.
+    save_file({name: x * 1e25 for name, x in values.items()}, wild / "adapter_model.safetensors")
     options = ModelOptions(
         model=str(folder),
         lora_modules=(f"wild={wild}",),
