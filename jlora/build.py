@@ -3,6 +3,7 @@
 The one place that knows how all parts fit together, and how memory is shared out between them.
 """
 
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,8 @@ from jlora.options import LoraModule, ModelOptions, parse_bytes
 from jlora.parts import MemoryPlan, Parts, Progress
 from jlora.sharding import Layout, make_mesh
 from jlora.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
 
 CPU_KV_BYTES = 1 << 30
 """K/V cache on a CPU unless told otherwise."""
@@ -56,6 +59,7 @@ def build_engine(options: ModelOptions, *, progress: Progress | None = None) -> 
     tell = progress or (lambda what, done, total: None)
     folder = Path(options.model) if options.model else demo_model_folder()
     cfg = ModelConfig.from_folder(folder)
+    tokenizer = Tokenizer.from_folder(folder)
     names = options.served_model_name or (folder.name,)
     platform = "gpu" if jax.default_backend() == "gpu" else "cpu"
     mesh, layout = make_mesh(options.mesh), Layout(cfg, options.mesh)
@@ -74,7 +78,8 @@ def build_engine(options: ModelOptions, *, progress: Progress | None = None) -> 
     store = AdapterStore(
         read=lambda path: read_adapter(path, cfg),
         stage=rank_pages.stage,
-        num_pages=min(lora_pages, config.max_rank_pages),
+        num_pages=lora_pages,
+        max_adapter_pages=config.max_rank_pages,
         max_cpu_loras=options.max_cpu_loras,
         host_bytes=parse_bytes(options.lora_host_memory, "lora_host_memory"),
         reserved=names,
@@ -96,7 +101,7 @@ def build_engine(options: ModelOptions, *, progress: Progress | None = None) -> 
     return Parts(
         engine=engine,
         store=store,
-        tokenizer=Tokenizer.from_folder(folder),
+        tokenizer=tokenizer,
         names=names,
         path=str(folder),
         vocab=cfg.vocab,
@@ -115,7 +120,11 @@ def build_engine(options: ModelOptions, *, progress: Progress | None = None) -> 
 def persist_programs() -> None:
     """Keeps compiled programs between runs, in JLORA_CACHE/xla."""
     folder = cache_folder() / "xla"
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:  # a read-only home: every start compiles, nothing else is lost
+        log.warning("compiled programs are not kept: %s; set JLORA_CACHE", error)
+        return
     jax.config.update("jax_compilation_cache_dir", os.fspath(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

@@ -198,9 +198,9 @@ class ServeOptions(ModelOptions):
         super().__post_init__()
         if not 0 <= self.port < 65536:
             raise ParameterError(f"port must be between 0 and 65535, got {self.port}", "port")
-        if self.shutdown_timeout < 0:
+        if not 0 <= self.shutdown_timeout < float("inf"):
             raise ParameterError(
-                f"shutdown_timeout must not be negative, got {self.shutdown_timeout}",
+                f"shutdown_timeout must be seconds of at least 0, got {self.shutdown_timeout}",
                 "shutdown_timeout",
             )
         if self.max_body_bytes < 1:

@@ -37,6 +37,7 @@ class AdapterStore(Generic[S]):
         read: Callable[[str], Adapter],
         stage: Callable[[Adapter], S],
         num_pages: int,
+        max_adapter_pages: int | None = None,
         max_cpu_loras: int | None = None,
         host_bytes: int | None = None,
         workers: int = 2,
@@ -44,12 +45,13 @@ class AdapterStore(Generic[S]):
         page_bytes: int = 0,
         on_change: Callable[[], None] | None = None,
     ):
-        """`num_pages` rank pages of `page_bytes` bytes are there, ids 1 to `num_pages`;
-        `reserved` are the base model's names; `on_change` is called, on any thread, when an
-        adapter that was being read arrives or fails (the engine wakes up)."""
+        """`num_pages` rank pages of `page_bytes` bytes are there, ids 1 to `num_pages`; one
+        adapter may take `max_adapter_pages` of them. `reserved` are the base model's names.
+        `on_change` is called, on any thread, when an adapter that was being read arrives or
+        fails (the engine wakes up)."""
         self._read, self._stage = read, stage
         self.num_pages, self.page_bytes = num_pages, page_bytes
-        self._tiers: Tiers[S] = Tiers(num_pages, max_cpu_loras, host_bytes)
+        self._tiers: Tiers[S] = Tiers(num_pages, max_cpu_loras, host_bytes, max_adapter_pages)
         self.reserved = frozenset(reserved)
         self.on_change = on_change
         self._lock = threading.RLock()

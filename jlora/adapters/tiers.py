@@ -58,8 +58,15 @@ class Record(Generic[S]):
 class Tiers(Generic[S]):
     """All adapters' copies, the free rank pages and the budgets."""
 
-    def __init__(self, num_pages: int, max_cpu_loras: int | None, host_bytes: int | None):
+    def __init__(
+        self,
+        num_pages: int,
+        max_cpu_loras: int | None,
+        host_bytes: int | None,
+        max_adapter_pages: int | None = None,
+    ):
         self.num_pages, self.max_cpu_loras, self.host_bytes = num_pages, max_cpu_loras, host_bytes
+        self.max_adapter_pages = max_adapter_pages
         self.records: dict[AdapterEntry, Record[S]] = {}
         """Draining ones too."""
         self.free = list(range(num_pages, 0, -1))
@@ -69,6 +76,12 @@ class Tiers(Generic[S]):
     def check_fits(self, record: Record[S], leaving: Record[S] | None = None) -> None:
         """Every adapter must fit on its tiers beside all pinned ones, else it could never run;
         `leaving`, and those that drain, count while requests hold them, but not as pinned."""
+        most = self.max_adapter_pages
+        if most is not None and record.entry.pages > most:
+            raise AdapterError(
+                f"Loading lora {record.entry.name} failed: rank {record.entry.rank} takes "
+                f"{record.entry.pages} device rank pages, a step holds {most}; raise --max-loras"
+            )
         others = [r for r in self.records.values() if r is not record]
         entries = [r.entry for r in others if r is not leaving or r.entry.in_flight]
         entries.append(record.entry)

@@ -31,6 +31,16 @@ def test_a_taken_name_is_refused_without_reading(make: Any, disk: Disk) -> None:
     assert disk.reads == ["/a"]
 
 
+def test_an_adapter_that_no_step_can_hold_is_refused_though_the_device_has_room(
+    make: Any, disk: Disk
+) -> None:
+    store = make(num_pages=8, max_adapter_pages=2)
+    disk.folders["/large"] = Fake("large", pages=3, rank=48)
+    with pytest.raises(AdapterError, match="rank 48 takes 3 device rank pages, a step holds 2"):
+        store.load("large", "/large")
+    assert store.adapters() == []
+
+
 def test_a_base_models_name_is_refused(make: Any) -> None:
     with pytest.raises(AdapterError, match="'base' conflicts with a served base model"):
         make().load("base", "/a")

@@ -32,6 +32,7 @@ def parts(tiny_model, tiny_adapter, tmp_path_factory):
         kv_cache_memory="72KiB",
         enable_prefix_caching=False,
         max_logprobs=0,
+        lora_memory="64MiB",
     )
     made = build_engine(options)
     yield made
@@ -65,6 +66,11 @@ def test_extreme_numbers_of_a_request_do_not_stop_the_engine(parts):
     ):
         assert tokens(parts, **extreme)
     assert tokens(parts) == expected
+
+
+def test_all_of_the_adapter_budget_may_hold_adapters(parts):
+    assert parts.plan.adapter_page_count > parts.engine.config.max_rank_pages
+    assert parts.store.num_pages == parts.plan.adapter_page_count
 
 
 def test_padding_rows_are_greedy_so_that_greedy_steps_draw_nothing(parts):

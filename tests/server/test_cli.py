@@ -85,6 +85,8 @@ def test_sglangs_aliases_mean_the_same():
         (["--lora-modules", "a=x", "a=y"], "more than once"),
         (["--lora-dir", "/does/not/exist"], "/does/not/exist"),
         (["--api-key", ""], "api_key"),
+        (["--shutdown-timeout", "inf"], "shutdown_timeout"),
+        (["--shutdown-timeout", "nan"], "shutdown_timeout"),
         (["--config", "/does/not/exist"], "/does/not/exist"),
         (["positional"], "positional"),
     ],
