@@ -84,17 +84,21 @@ class Programs:
             def start(table: dict, key: Any, lowered: Any) -> None:
                 jobs.append((table, key, workers.submit(lowered.compile)))
 
-            # Lowering holds the interpreter's lock, compiling does not.
-            for count in counts:
-                start(self._copies, count, self._lower_copy(count, pools))
-            for shape in shapes:
-                start(self._steps, shape, self._lower_step(shape, pools, kv, slots))
-            for tokens in scored:
-                start(self._scores, tokens, self._lower_score(tokens))
-            for done, (table, key, future) in enumerate(jobs, start=1):
-                table[key] = future.result()
-                if progress is not None:
-                    progress(done, total)
+            try:
+                # Lowering holds the interpreter's lock, compiling does not.
+                for count in counts:
+                    start(self._copies, count, self._lower_copy(count, pools))
+                for shape in shapes:
+                    start(self._steps, shape, self._lower_step(shape, pools, kv, slots))
+                for tokens in scored:
+                    start(self._scores, tokens, self._lower_score(tokens))
+                for done, (table, key, future) in enumerate(jobs, start=1):
+                    table[key] = future.result()
+                    if progress is not None:
+                        progress(done, total)
+            except BaseException:  # Ctrl-C: don't compile the rest of the queue first
+                workers.shutdown(wait=False, cancel_futures=True)
+                raise
 
     def _model(self, weights: list[jax.Array]) -> Decoder:
         return nnx.merge(self._graph, jax.tree.unflatten(self._tree, weights))

@@ -15,7 +15,12 @@ from jlora.stream import Choice, Delta, Stream
 from jlora.tokenizer import Tokenizer
 
 LOWEST = -9999.0
-"""JSON has no minus infinity; vLLM sends this."""
+"""JSON has no minus infinity and no NaN; vLLM sends this."""
+
+
+def shown(logprob: float) -> float:
+    """A log-probability as JSON can hold it; an adapter that overflows makes NaN of its own."""
+    return logprob if logprob > LOWEST else LOWEST
 
 
 def usage_of(stream: Stream) -> dict[str, Any]:
@@ -55,7 +60,7 @@ class Names:
         values = {score.token: score.logprob} | score.top
         return {
             str(token): {
-                "logprob": max(value, LOWEST),
+                "logprob": shown(value),
                 "rank": ranks[token],
                 "decoded_token": self.tokenizer.token_text(token),
             }
@@ -163,7 +168,7 @@ class CompletionReply:
         self._offsets[index] = offset
         return {
             "tokens": names,
-            "token_logprobs": [None if x is None else max(x.logprob, LOWEST) for x in scores],
+            "token_logprobs": [None if x is None else shown(x.logprob) for x in scores],
             "top_logprobs": [self._top(x) for x in scores],
             "text_offset": offsets,
         }
@@ -176,7 +181,7 @@ class CompletionReply:
         top = dict(list(score.top.items())[:limit])
         result: dict[str, float] = {}
         for token, value in (*top.items(), (score.token, score.logprob)):
-            result.setdefault(self._names.text(token), max(value, LOWEST))
+            result.setdefault(self._names.text(token), shown(value))
         return result
 
 
@@ -273,6 +278,6 @@ class ChatReply:
     def _entry(self, token: int, value: float) -> dict[str, Any]:
         return {
             "token": self._names.text(token),
-            "logprob": max(value, LOWEST),
+            "logprob": shown(value),
             "bytes": list(self.tokenizer.token_bytes(token)),
         }

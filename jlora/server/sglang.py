@@ -13,6 +13,7 @@ from jlora.engine.params import SamplingParams
 from jlora.engine.sequence import TokenLogprobs
 from jlora.errors import ParameterError
 from jlora.server.errors import Json
+from jlora.server.replies import shown
 from jlora.server.service import DONE, EventStream, Service, attend, event, read
 from jlora.server.sglang_protocol import SGLangBody, SGLangSampling
 from jlora.stream import Choice, Delta, Stream
@@ -129,7 +130,7 @@ def _logprobs(service: Service, body: SGLangBody, choice: Choice) -> dict[str, A
 
     def triple(token: int, value: float | None) -> list[Any]:
         text = service.llm.tokenizer.token_text(token) if body.return_text_in_logprobs else None
-        return [value, token, text]
+        return [None if value is None else shown(value), token, text]
 
     def top(score: TokenLogprobs | None) -> list[Any] | None:
         return None if score is None else [triple(t, value) for t, value in score.top.items()]

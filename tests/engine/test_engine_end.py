@@ -132,3 +132,26 @@ def test_a_shutdown_gives_time_to_a_request_that_no_step_has_seen(parts):
     parts.engine.shutdown(timeout=30)
     assert late[-1].finish_reason == "length"
     assert parts.entry.in_flight == 0
+
+
+def test_an_interrupt_while_compiling_does_not_compile_the_rest_first(monkeypatch):
+    from jlora.engine.programs import Programs
+
+    compiled: list[int] = []
+
+    class Lowered:
+        def compile(self) -> None:
+            compiled.append(1)
+            threading.Event().wait(0.02)
+
+    def interrupted(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    programs = Programs.__new__(Programs)
+    programs.copy_pages, programs._steps, programs._scores = False, {}, {}
+    monkeypatch.setattr(programs, "_lower_step", lambda *_: Lowered(), raising=False)
+    monkeypatch.setattr(programs, "_lower_score", lambda *_: Lowered(), raising=False)
+    shapes = buckets(CONFIG) * 200
+    with pytest.raises(KeyboardInterrupt):
+        programs.compile_all(shapes, [], [], None, interrupted)  # type: ignore[arg-type]
+    assert len(compiled) < len(shapes) // 2

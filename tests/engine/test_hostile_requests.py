@@ -36,7 +36,7 @@ def parts(tiny_model, tiny_adapter, tmp_path_factory):
     )
     made = build_engine(options)
     yield made
-    made.engine.shutdown()
+    made.engine.shutdown(0)
 
 
 def tokens(parts, prompt=PROMPT, name=None, **params):

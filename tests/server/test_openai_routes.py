@@ -2,10 +2,13 @@
 
 import asyncio
 import json
+import math
 from typing import Any
 
 import pytest
 
+from jlora.engine.sequence import TokenLogprobs
+from tests.server import fakes
 from tests.server.conftest import Running
 from tests.server.fakes import BASE_TEXT, EOS
 
@@ -253,6 +256,21 @@ def test_prompt_logprobs_have_vllms_form(server: Running):
     assert scores[1]["6"]["rank"] == 1
     assert scores[1]["6"]["logprob"] == -0.25
     assert scores[2]["7"]["decoded_token"] == server.llm.tokenizer.token_text(7)
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.inf, -1e9])
+def test_logprobs_that_json_cannot_hold_are_vllms_lowest(
+    server: Running, monkeypatch: pytest.MonkeyPatch, value: float
+):
+    bad = TokenLogprobs(token=5, logprob=value, rank=1, top={6: value})
+    monkeypatch.setattr(fakes, "scored", lambda *_: bad)
+    texts = [
+        server.post("/v1/completions", {"prompt": "a", "logprobs": 1, "echo": True}).text,
+        server.post("/generate", {"text": "a", "return_logprob": True, "top_logprobs_num": 1}).text,
+    ]
+    for text in texts:
+        json.loads(text, parse_constant=pytest.fail)  # called for NaN and Infinity
+        assert "-9999.0" in text
 
 
 def test_tokens_can_be_shown_as_ids(server: Running):
