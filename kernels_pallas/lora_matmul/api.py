@@ -55,15 +55,13 @@ def lora_matmul(
             f"w has shape {w.shape}, expected (K, sum(part_sizes)) = "
             f"{(x.shape[1], sum(part_sizes))} for x {x.shape} and part_sizes {part_sizes}"
         )
-    lora = pool is not None and segments is not None
-    if pool is not None and segments is not None:
+    if pool is None or segments is None:
+        y = _module(None if implementation == "hopper" else implementation).base_matmul(x, w)
+    else:
         _check(x, pool, segments, part_sizes)
-    y = _fused(x, w, pool, segments, part_sizes, implementation) if lora else None
-    if y is None:
-        module = _module(implementation)
-        y = module.base_matmul(x, w)
-        if pool is not None and segments is not None:
-            y = y + module.lora_delta(x, pool, segments, part_sizes=part_sizes)
+        y = _fused(x, w, pool, segments, part_sizes, implementation)
+        if y is None:
+            y = _module(implementation).matmul(x, w, pool, segments, part_sizes=part_sizes)
     if bias is not None:
         y = y + bias.astype(y.dtype)
     return y.astype(out_dtype or x.dtype)
@@ -72,8 +70,8 @@ def lora_matmul(
 def _fused(
     x: jax.Array,
     w: jax.Array,
-    pool: RankPool | ActivePages | None,
-    segments: Segments | None,
+    pool: RankPool | ActivePages,
+    segments: Segments,
     part_sizes: tuple[int, ...],
     implementation: str | None,
 ) -> jax.Array | None:
@@ -83,7 +81,7 @@ def _fused(
         return None
     if automatic and (not _is_hopper() or x.shape[0] > FUSED_ROWS):
         return None
-    if not isinstance(pool, RankPool) or segments is None:
+    if not isinstance(pool, RankPool):
         raise NotImplementedError("the fused kernel takes a RankPool: it copies no pages out")
     from kernels_pallas.lora_matmul import hopper  # imports Mosaic GPU: only where it is used
 

@@ -40,6 +40,8 @@ def matmul(
         raise NotImplementedError(
             f"x {x.dtype}, w {w.dtype}, pool {pool.a.dtype}: all must be bfloat16 or float16"
         )
+    if not interpret and jax.__version_info__ < (0, 11):
+        raise NotImplementedError(f"the kernel needs jax 0.11, this is {jax.__version__}")
     sms = sms or _device_sms()
     rows = _padded(x.shape[0])
     config = config or tuning(rows, x.shape[1], part_sizes, sms)

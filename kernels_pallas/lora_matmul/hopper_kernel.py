@@ -8,11 +8,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.mosaic.gpu import utils as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kernels_pallas.lora_matmul.hopper_sync import Counters, Ring, interpreter, load
 from kernels_pallas.lora_matmul.hopper_tuning import Tuning
 from kernels_pallas.lora_matmul.types import PAGE
+
+ACC = plgpu.ACC  # pyright: ignore[reportPrivateImportUsage]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -100,7 +102,7 @@ class Kernel:
             plgpu.Barrier(num_arrivals=self.wgs, num_barriers=t.stages),
             plgpu.Barrier(num_arrivals=1 + t.group, num_barriers=t.shrink_stages),
         ]
-        extra: dict[str, Any] = {"interpret": _interpreter()} if interpret else {}
+        extra: dict[str, Any] = {"interpret": interpreter()} if interpret else {}
         kernel = plgpu.kernel(
             partial(self.body, phase),
             out_type=out,
@@ -125,9 +127,9 @@ class Kernel:
             "multiply": lambda: (rest[1], rest[0], None),
         }[phase]()
         xs, ws, ys, sx, sa, us, full, full_expand, empty, full_shrink = scratch
-        counters = _Counters(sync, self.sms) if phase == "all" else None
+        counters = Counters(sync, self.sms) if phase == "all" else None
         active, wg = count[0], lax.axis_index("wg")
-        ring = _Ring(self, xs, ws, full, full_expand, empty)
+        ring = Ring(self.t.stages, self.block, xs, ws, full, full_expand, empty)
 
         # Registers: warpgroups share 64 K of them, the multiplying ones hold the accumulators.
         registers = {1: None, 2: (184, 40, 96)}[self.wgs]
@@ -201,7 +203,7 @@ class Kernel:
             for end in ends[:-1]:
                 part = part + (c >= end).astype(jnp.int32)
 
-            def load(k: jax.Array, n: jax.Array) -> jax.Array:
+            def load_base(k: jax.Array, n: jax.Array) -> jax.Array:
                 x_tile, w_tile, slot = ring.acquire(n)
                 depth = pl.ds((s * self._steps + k) * t.bk, t.bk)
                 plgpu.copy_gmem_to_smem(w.at[depth, columns], w_tile, ring.full.at[slot])
@@ -221,9 +223,9 @@ class Kernel:
                 plgpu.copy_gmem_to_smem(u.at[part, x_rows, ranks], x_tile, barrier)
                 return n + 1
 
-            n = lax.fori_loop(0, self._steps - t.tail, load, n)
+            n = lax.fori_loop(0, self._steps - t.tail, load_base, n)
             n = lax.fori_loop(0, self._expands(active, s), load_expand, n)
-            return lax.fori_loop(self._steps - t.tail, self._steps, load, n)
+            return lax.fori_loop(self._steps - t.tail, self._steps, load_base, n)
 
         n = lax.fori_loop(0, self._tiles_of_block(), tile, jnp.int32(0))
         if counters:
@@ -243,7 +245,7 @@ class Kernel:
                 k = ring.consume(acc, wg, ring.full, t.tail, k)
                 return acc[...], k
 
-            acc, n = pl.run_scoped(accumulate, plgpu.ACC((64, t.bn), jnp.float32))
+            acc, n = pl.run_scoped(accumulate, ACC((64, t.bn), jnp.float32))
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             y_rows = pl.ds(m * self.block + wg * 64, self.store_rows)
             for j in range(t.bn // 64):
@@ -305,7 +307,7 @@ class Kernel:
             owns = [[self._mask(mask, m, j, g * t.group + i) for i in range(t.group)]
                     for j in range(self.wgs)]  # fmt: skip
             shape = (64, t.group * parts * PAGE)
-            accs = pl.run_scoped(accumulate, *[plgpu.ACC(shape, jnp.float32)] * self.wgs)
+            accs = pl.run_scoped(accumulate, *[ACC(shape, jnp.float32)] * self.wgs)
             for j, acc in enumerate(accs):
                 at = pl.ds((m * self.wgs + j) * 64, 64)
                 for column in range(t.group * parts):
@@ -319,7 +321,7 @@ class Kernel:
 
     def _mask(self, mask: Any, m: jax.Array, j: int, page: jax.Array) -> jax.Array:
         at = pl.ds((m * self.wgs + j) * 64, 64)
-        return plgpu.load(mask.at[page, at], layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
+        return load(mask, (page, at), plgpu.Layout.WGMMA.reduce(1))
 
     def shrink_sum(self, p: Any, u: Any, us: Any, active: jax.Array) -> None:
         """u[part, row, rank] = the sum of p over slices; zeros up to a whole chunk of pages."""
@@ -336,8 +338,7 @@ class Kernel:
             def _() -> None:
                 total = None
                 for q in range(self.t.slices):  # unrolled: all loads in flight at once
-                    source = p.at[q, column, pl.ds(m * 64, rows)]
-                    part_sum = plgpu.load(source, layout=layout, optimized=False)
+                    part_sum = load(p, (q, column, pl.ds(m * 64, rows)), layout)
                     total = part_sum if total is None else total + part_sum
                 assert total is not None
                 us[...] = total.astype(self.dtype)
@@ -354,118 +355,6 @@ class Kernel:
         total = _cdiv(active, self.chunk) * self.chunk * self.parts * blocks
         lax.fori_loop(0, self._units_of_block(total), unit, jnp.int32(0))
         plgpu.wait_smem_to_gmem(0, wait_read_only=False)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Ring:
-    """Slots of shared memory that one warpgroup fills and the others multiply."""
-
-    kernel: Kernel
-    xs: Any
-    ws: Any
-    full: Any
-    full_expand: Any
-    empty: Any
-
-    def _slot(self, n: jax.Array) -> jax.Array:
-        return lax.rem(n, jnp.int32(self.kernel.t.stages))
-
-    def acquire(self, n: jax.Array) -> tuple[Any, Any, jax.Array]:
-        """Wait until slot of step n is free; its x tile, its w tile, its number."""
-        slot = self._slot(n)
-        self._wait_free(n)
-        x_tile = self.xs.at[pl.ds(slot * self.kernel.block, self.kernel.block)]
-        return x_tile, self.ws.at[slot], slot
-
-    def _wait_free(self, n: jax.Array) -> None:
-        @pl.when(n >= self.kernel.t.stages)
-        def _() -> None:
-            plgpu.barrier_wait(self.empty.at[self._slot(n)])
-
-    def drain(self, n: jax.Array) -> None:
-        """Wait until every tile has been used."""
-
-        def step(n: jax.Array, carry: jax.Array) -> jax.Array:
-            self._wait_free(n)
-            return carry
-
-        lax.fori_loop(n, n + self.kernel.t.stages, step, jnp.int32(0))
-
-    def consume(
-        self, acc: Any, wg: jax.Array, full: Any, steps: jax.Array | int, n: jax.Array
-    ) -> jax.Array:
-        """acc += x tile @ w tile for `steps` steps from n on; a slot is free one step later."""
-
-        def release(n: jax.Array) -> None:
-            plgpu.barrier_arrive(self.empty.at[self._slot(n)])
-
-        def step(k: jax.Array, n: jax.Array) -> jax.Array:
-            slot = self._slot(n)
-            plgpu.barrier_wait(full.at[slot])
-            x_tile = self.xs.at[pl.ds(slot * self.kernel.block + wg * 64, 64)]
-            plgpu.wgmma(acc, x_tile, self.ws.at[slot])
-            plgpu.wgmma_wait(1)
-            pl.when(k > 0)(partial(release, n + self.kernel.t.stages - 1))
-            return n + 1
-
-        n = lax.fori_loop(0, steps, step, n)
-        plgpu.wgmma_wait(0)
-        pl.when(steps > 0)(partial(release, n + self.kernel.t.stages - 1))
-        return n
-
-
-class _Counters:
-    """Grid-wide waits. A counter sees one signal a block, then one pass a block, and then wraps
-    to zero by itself: nobody has to clear it between launches."""
-
-    def __init__(self, sync: Any, sms: int):
-        self.sync, self.sms = sync, sms
-
-    def signal(self, which: int) -> None:
-        """This block's warpgroup has written what others wait for (or has passed its wait)."""
-
-        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
-        def signal(_: Any, ref: Any) -> None:
-            mgpu.warpgroup_barrier()
-            pointer = mgpu.memref_ptr(ref)
-            last = 2 * self.sms - 1
-            mgpu.inline_ptx(
-                f"red.release.gpu.global.inc.u32 [$0], {last};",
-                pointer,
-                predicate=mgpu.single_thread_predicate(mgpu.ThreadSubset.WARPGROUP),
-                has_side_effects=True,
-            )
-
-        signal(self.sync.at[pl.ds(8 * which, 8)])
-
-    def wait(self, which: int) -> None:
-        """Until every block has signalled."""
-
-        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
-        def wait(_: Any, ref: Any) -> None:
-            counter = mgpu.SemaphoreRef(mgpu.memref_ptr(ref))
-            counter.wait(self.sms, decrement=False, memory_scope="gpu")
-
-        wait(self.sync.at[pl.ds(8 * which, 8)])
-
-    def meet(self, which: int) -> None:
-        """Signal, wait, pass."""
-        self.signal(which)
-        self.meet_waited(which)
-
-    def meet_waited(self, which: int) -> None:
-        """Wait, pass: once a block and counter."""
-        self.wait(which)
-        self.signal(which)
-
-
-def _interpreter() -> Any:
-    if hasattr(plgpu, "InterpretGPUParams"):
-        return plgpu.InterpretGPUParams()
-    # Not exported before jax 0.11.
-    from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
-
-    return InterpretGPUParams()
 
 
 def _cdiv(a: jax.Array | int, b: int) -> jax.Array:

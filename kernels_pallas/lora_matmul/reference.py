@@ -1,6 +1,5 @@
 """The obviously right LoRA matmul: one page and one part at a time, in float32. For tests."""
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
@@ -33,15 +32,13 @@ def base_matmul(x: Float[Array, "T K"], w: Float[Array, "K N"]) -> Float[Array, 
     return jnp.dot(x.astype(jnp.float32), w.astype(jnp.float32), precision=lax.Precision.HIGHEST)
 
 
-def project(
-    x: jax.Array,
-    w: jax.Array,
-    pool: RankPool | None,
-    segments: Segments | None,
+def matmul(
+    x: Float[Array, "T K"],
+    w: Float[Array, "K N"],
+    pool: RankPool,
+    segments: Segments,
+    *,
     part_sizes: tuple[int, ...],
 ) -> Float[Array, "T N"]:
     """`x @ w` plus the delta, in float32."""
-    y = base_matmul(x, w)
-    if pool is not None and segments is not None:
-        y = y + lora_delta(x, pool, segments, part_sizes=part_sizes)
-    return y
+    return base_matmul(x, w) + lora_delta(x, pool, segments, part_sizes=part_sizes)

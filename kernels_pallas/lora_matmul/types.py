@@ -43,7 +43,7 @@ class Segments:
     """
 
     pages: Int[Array, " Pa"]
-    """Pool pages active in this step; padding is 0, the all-zero page."""
+    """Pool pages active in this step; padding comes last and is 0, the all-zero page."""
 
     owner: Int[Array, " Pa"]
     """The batch-local adapter number of each page; -1 for padding."""

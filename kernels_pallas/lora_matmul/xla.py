@@ -7,6 +7,7 @@ the active pages are few beside the width of the weight.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
@@ -42,12 +43,44 @@ def lora_delta(
     if isinstance(pool, RankPool):
         pool = active_pages(pool, segments.pages, part_sizes=part_sizes)
     rows, parts = x.shape[0], len(part_sizes)
-    own = (segments.adapter[:, None] == segments.owner) & (segments.adapter[:, None] >= 0)
-    own = jnp.repeat(own, PAGE, axis=1)[:, None]  # [T, 1, Pa*16]
     u = _dot(x, pool.a.reshape(-1, x.shape[1]), (1, 1)).reshape(rows, parts, -1)
-    u = jnp.where(own, u, 0.0).astype(pool.a.dtype)
+    u = jnp.where(_own(segments)[:, None], u, 0.0).astype(pool.a.dtype)
     out = [_dot(u[:, j], b, (1, 0)) for j, b in enumerate(pool.b)]
     return jnp.concatenate(out, axis=1) if parts > 1 else out[0]
+
+
+def matmul(
+    x: Float[Array, "T K"],
+    w: Float[Array, "K N"],
+    pool: RankPool | ActivePages,
+    segments: Segments,
+    *,
+    part_sizes: tuple[int, ...],
+) -> Float[Array, "T N"]:
+    """`x @ w` plus the delta, in float32; on a GPU in bfloat16 in x's dtype (see `_accumulate`)."""
+    if jax.default_backend() == "gpu" and x.dtype != jnp.float32 and isinstance(pool, RankPool):
+        return _accumulate(x, w, pool, segments, part_sizes)
+    return base_matmul(x, w) + lora_delta(x, pool, segments, part_sizes=part_sizes)
+
+
+def _accumulate(
+    x: jax.Array, w: jax.Array, pool: RankPool, segments: Segments, part_sizes: tuple[int, ...]
+) -> jax.Array:
+    """All parts' expand as one matmul with B laid out block by block, so that XLA can make the
+    sum its epilogue: y is read and written once more, and nothing in float32 reaches memory."""
+    active = active_pages(pool, segments.pages, part_sizes=part_sizes)
+    part = np.repeat(np.arange(len(part_sizes)), part_sizes)  # the part of each column
+    b = jnp.concatenate(active.b, axis=1)  # [Pa*16, N]
+    blocks = jnp.where(part == np.arange(len(part_sizes))[:, None, None], b, 0)
+    u = _dot(x, active.a.reshape(-1, x.shape[1]), (1, 1)).reshape(x.shape[0], len(part_sizes), -1)
+    u = jnp.where(_own(segments)[:, None], u, 0.0).astype(x.dtype)
+    return x @ w + u.reshape(x.shape[0], -1) @ blocks.reshape(-1, w.shape[1])
+
+
+def _own(segments: Segments) -> jax.Array:
+    """Whether rank row i is the row's own: [T, Pa*16]."""
+    own = (segments.adapter[:, None] == segments.owner) & (segments.adapter[:, None] >= 0)
+    return jnp.repeat(own, PAGE, axis=1)
 
 
 def base_matmul(x: Float[Array, "T K"], w: Float[Array, "K N"]) -> Float[Array, "T N"]:

@@ -1,7 +1,7 @@
 """The fused Hopper kernel in Mosaic GPU's interpreter, and the tile sizes it picks.
 
 The interpreter has no grid-wide counters: it runs the kernel's three phases as three launches.
-tests/gpu runs the one launch.
+tests/gpu runs the one launch. jax 0.10, where the kernel is refused, cannot interpret it either.
 """
 
 import jax
@@ -15,6 +15,9 @@ from kernels_pallas.lora_matmul.hopper_tuning import SHARED_BYTES, Tuning, _shar
 from kernels_pallas.lora_matmul.shapes import LLAMA_8B, TINY
 
 BLOCKS = 2  # the interpreter runs every warpgroup of every block as a thread
+interpreted = pytest.mark.skipif(
+    jax.__version_info__ < (0, 11), reason="the kernel needs jax 0.11 (run .venv312)"
+)
 SMALL = Tuning(
     bn=64, bk=64, split=1, stages=2, slices=2, group=2, shrink_stages=2, tail=1
 )  # fmt: skip
@@ -36,6 +39,7 @@ def case(
     return x, w, pool, segs, parts
 
 
+@interpreted
 @pytest.mark.parametrize(
     ("group", "count", "name", "config"),
     [
@@ -58,6 +62,7 @@ def test_interpreted_kernel_matches_float64(
     assert testing.delta_error(got, base, delta) < testing.tolerance(jnp.dtype("bfloat16"))
 
 
+@interpreted
 @pytest.mark.slow
 def test_interpreted_kernel_takes_many_row_blocks() -> None:
     rows = testing.pattern("uniform", 200, rank=16, resident=3)
@@ -79,7 +84,9 @@ def test_gradients_of_the_fused_matmul_are_those_of_xla(monkeypatch: pytest.Monk
         return lora_matmul(x, w, pool, segs, part_sizes=parts, implementation="xla")
 
     def fused(x: jax.Array, w: jax.Array, pool: RankPool) -> jax.Array:
-        return hopper.matmul(x, w, pool, segs, part_sizes=parts, config=SMALL, sms=BLOCKS)
+        return hopper.matmul(
+            x, w, pool, segs, part_sizes=parts, config=SMALL, sms=BLOCKS, interpret=True
+        )
 
     # Only the backward pass is under test: the forward pass has tests of its own.
     monkeypatch.setattr(
@@ -109,3 +116,10 @@ def test_tiles_fit_shared_memory_and_divide_the_shape(rows: int, group: str) -> 
 def test_a_part_that_no_tile_divides_is_refused_with_the_reason() -> None:
     with pytest.raises(NotImplementedError, match="multiple of 64"):
         tuning(8, 4096, (4096, 96, 96), 132)
+
+
+@pytest.mark.skipif(jax.__version_info__ >= (0, 11), reason="jax 0.10 only")
+def test_the_kernel_is_refused_before_jax_0_11() -> None:
+    x, w, pool, segs, parts = case("o", testing.pattern("zipf", 8))
+    with pytest.raises(NotImplementedError, match=r"needs jax 0\.11"):
+        lora_matmul(x, w, pool, segs, part_sizes=parts, implementation="hopper")

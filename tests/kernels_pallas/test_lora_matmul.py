@@ -86,7 +86,9 @@ def test_base_rows_are_bitwise_the_base_matmul() -> None:
 def test_order_of_rows_and_pages_does_not_matter() -> None:
     x, w, pool, segs, parts = case("gate_up", testing.pattern("uniform", 24, rank=None))
     rng = np.random.default_rng(0)
-    rows, pages = rng.permutation(24), rng.permutation(len(segs.pages))
+    active = int((np.asarray(segs.owner) >= 0).sum())  # padding stays last
+    rows = rng.permutation(24)
+    pages = np.concatenate([rng.permutation(active), np.arange(active, len(segs.pages))])
     mixed = Segments(pages=segs.pages[pages], owner=segs.owner[pages], adapter=segs.adapter[rows])
     straight = lora_matmul(x, w, pool, segs, part_sizes=parts)
     shuffled = lora_matmul(x[rows], w, pool, mixed, part_sizes=parts)
@@ -170,7 +172,7 @@ def test_wrong_shapes_are_refused_with_both_sides_named() -> None:
 
 def test_a_named_implementation_never_falls_back() -> None:
     x, w, pool, segs, parts = case("o", testing.pattern("zipf", 8))
-    with pytest.raises(NotImplementedError, match="bfloat16"):
+    with pytest.raises(NotImplementedError, match=r"bfloat16|jax 0\.11"):
         lora_matmul(x, w, pool, segs, part_sizes=parts, implementation="hopper")
     with pytest.raises(NotImplementedError, match="there are"):
         lora_matmul(x, w, pool, segs, part_sizes=parts, implementation="cuda")
