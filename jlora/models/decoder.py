@@ -21,8 +21,11 @@ from jlora.shape import Shape
 from jlora.sharding import AXIS, GROUP_AXES, Layout
 from kernels_pallas.lora_matmul import ActivePages, RankPool
 
-Pools = list[dict[str, RankPool | ActivePages]]
-"""Rank pools, or copies of the active pages, by layer and projection group."""
+Pools = list[dict[str, RankPool]]
+"""Rank pools by layer and projection group."""
+
+Adapters = Pools | list[dict[str, ActivePages]]
+"""What a step takes: the pools, or copies of the active pages."""
 
 
 class Linear(nnx.Module):
@@ -39,7 +42,7 @@ class Linear(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "T in"],
-        pools: dict[str, RankPool | ActivePages] | None,
+        pools: dict[str, RankPool] | dict[str, ActivePages] | None,
         batch: Batch,
     ) -> Float[Array, "T out"]:
         """Projection plus the rows' adapter deltas, float32. The only all-reduce is the base's:
@@ -91,7 +94,7 @@ class Decoder(nnx.Module):
 
 def forward(
     model: Decoder,
-    pools: Pools | None,
+    pools: Adapters | None,
     kv: list[KV],
     batch: Batch,
     shape: Shape,
@@ -136,7 +139,7 @@ def _layer(
     x: Float[Array, "T D"],
     turn: tuple[Array, Array],
     kv: KV,
-    pools: dict[str, RankPool | ActivePages] | None,
+    pools: dict[str, RankPool] | dict[str, ActivePages] | None,
     batch: Batch,
     static: _Static,
 ) -> tuple[Float[Array, "T D"], KV]:
