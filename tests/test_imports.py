@@ -57,7 +57,8 @@ ALLOWED = {
     "jlora.adapters": HOST
     | {"jlora.adapters", "jlora.models.config", "jlora.sharding", "kernels_pallas"},
     "jlora.engine": HOST
-    | {"jlora.engine", "jlora.models", "jlora.adapters", "jlora.batch", "jlora.sharding"},
+    | {"jlora.engine", "jlora.models", "jlora.adapters", "jlora.batch", "jlora.sharding"}
+    | {"jlora.ops", "kernels_pallas"},  # types of a step's arrays, and the copy of active pages
     "jlora.server": {"jlora.server", "jlora.llm", "jlora.parts", "jlora.stream", "jlora.outputs"}
     | {"jlora.options", "jlora.tokenizer", "jlora.chat_template", "jlora.errors", "jlora"}
     | {"jlora.engine.params", "jlora.engine.sequence", "jlora.adapters.store"}
