@@ -45,9 +45,14 @@ class _Platform:
     max_num_seqs: int
     max_num_batched_tokens: int
     prefill_block: int
+    decode_buckets: tuple[int, ...]
+    """The Hopper kernel pads to 8 rows anyway; on a CPU one row costs half of eight."""
 
 
-_PLATFORMS = {"cpu": _Platform(32, 256, 16), "gpu": _Platform(256, 2048, 64)}
+_PLATFORMS = {
+    "cpu": _Platform(32, 256, 16, (1, 8, 32)),
+    "gpu": _Platform(256, 2048, 64, (8, 16, 32, 64, 128, 256)),
+}
 
 
 def build_engine(options: ModelOptions, *, progress: Progress | None = None) -> Parts:
@@ -168,9 +173,11 @@ def _engine_config(options: ModelOptions, cfg: ModelConfig, platform: _Platform)
         )
     block = platform.prefill_block
     tokens = options.max_num_batched_tokens or platform.max_num_batched_tokens
+    rows = options.max_num_seqs or platform.max_num_seqs
     return EngineConfig(
         max_model_len=options.max_model_len or cfg.max_positions,
-        max_num_seqs=options.max_num_seqs or platform.max_num_seqs,
+        max_num_seqs=rows,
+        decode_buckets=(*(n for n in platform.decode_buckets if n < rows), rows),
         max_num_batched_tokens=-(-tokens // block) * block,
         max_loras=options.max_loras,
         prefill_block=block,

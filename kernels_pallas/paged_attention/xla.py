@@ -6,12 +6,13 @@ lengths and one compiled step serves every context length.
 
 from functools import partial
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-CHUNK = 128
-"""K/V positions that one turn of the loop looks at."""
+CHUNK = {"cpu": 128, "gpu": 512}
+"""K/V positions that one turn of the loop looks at: on a GPU a turn costs a look of the host."""
 
 MASKED = -1e30
 
@@ -57,7 +58,8 @@ def _rows(
     b, t, heads, width = q.shape
     kv_heads, page = keys.shape[1], keys.shape[2]
     group = heads // kv_heads
-    per_chunk = max(1, min(CHUNK // page, tables.shape[1]))
+    positions_a_turn = CHUNK.get(jax.default_backend(), CHUNK["gpu"])
+    per_chunk = max(1, min(positions_a_turn // page, tables.shape[1]))
     chunk = per_chunk * page
     tables = jnp.pad(tables, ((0, 0), (0, -tables.shape[1] % per_chunk)))
     # [b, K, t·G, H]: one matmul per row and kv head
@@ -98,8 +100,12 @@ def _rows(
     if window is not None:
         lowest = jnp.where(positions < 0, jnp.iinfo(jnp.int32).max, positions).min()
         first = jnp.maximum(lowest - window + 1, 0) // chunk
-    stop = positions.max() // chunk + 1
-    _, total, acc = lax.fori_loop(first, stop, turn, start)
+    if (
+        tables.shape[1] == per_chunk
+    ):  # one turn sees all: no loop, which a CUDA graph could not hold
+        _, total, acc = turn(jnp.int32(0), start)
+    else:
+        _, total, acc = lax.fori_loop(first, positions.max() // chunk + 1, turn, start)
     out = acc / jnp.maximum(total, 1e-30)
     out = out.reshape(b, kv_heads, t, group, width).transpose(0, 2, 1, 3, 4)
     return out.reshape(b, t, heads, width).astype(q.dtype)
