@@ -124,15 +124,17 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 def load(url: str, models: Sequence[str], args: argparse.Namespace, number: int) -> dict[str, Any]:
     """One pass of the client; the seed makes each round's prompts new, and equal for all servers."""
-    command = [sys.executable, "-m", "jlora.bench", "--base-url", url]
-    command += ["--models", ",".join(models), "--cases", *CASES]
-    command += ["--concurrency", *map(str, args.concurrency), "--repeats", "1"]
-    command += ["--vocab-size", "49000", "--seed", str(number)]
-    command += ["--random-output-len", str(args.output_len)]
-    if args.num_prompts:
-        command += ["--num-prompts", str(args.num_prompts)]
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
+    passes = []
+    for clients in args.concurrency:
+        command = [sys.executable, "-m", "jlora.bench", "--base-url", url]
+        command += ["--models", ",".join(models), "--cases", *CASES]
+        command += ["--concurrency", str(clients), "--repeats", "1"]
+        command += ["--num-prompts", str(max(len(RANKS), args.waves * clients))]
+        command += ["--vocab-size", "49000", "--seed", str(number)]
+        command += ["--random-output-len", str(args.output_len)]
+        done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+        passes.append(json.loads(done.stdout.splitlines()[-1]))
+    return passes[-1] | {"results": [row for one in passes for row in one["results"]]}
 
 
 def busy_ticks() -> int:
@@ -224,7 +226,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--other-every", type=int, default=1, help="vLLM float32: every nth round")
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--num-prompts", type=int)
+    parser.add_argument("--waves", type=int, default=1, help="requests per client and case")
     parser.add_argument("--output-len", type=int, default=64)
     parser.add_argument("--out", type=Path, default=HERE / "results.json")
     args = parser.parse_args()
