@@ -1,0 +1,96 @@
+"""Paged attention against torch's scaled_dot_product_attention on each sequence's contiguous K/V."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels_pallas.paged_attention import paged_attention
+from kernels_pallas.paged_attention.xla import write_kv
+
+torch = pytest.importorskip("torch")
+
+PAGE, HEADS, KV_HEADS, WIDTH, BLOCK = 4, 6, 2, 16, 8
+RNG = np.random.default_rng(3)
+
+
+def expected(q, k, v, first, window):
+    """Attention of query tokens at positions first, first+1, ... of one sequence."""
+    at = first + np.arange(len(q))[:, None]
+    seen = np.arange(len(k))[None] <= at
+    if window is not None:
+        seen &= np.arange(len(k))[None] > at - window
+    group = HEADS // KV_HEADS
+    q, k, v = (torch.tensor(x).transpose(0, 1)[None].double() for x in (q, k, v))
+    out = torch.nn.functional.scaled_dot_product_attention(
+        q,
+        k.repeat_interleave(group, 1),
+        v.repeat_interleave(group, 1),
+        attn_mask=torch.tensor(seen),
+        scale=0.3,
+    )
+    return out[0].transpose(0, 1).numpy()
+
+
+@pytest.mark.parametrize("window", [None, 5, 300])
+@pytest.mark.parametrize("longest", [30, 400])  # one turn of the loop sees all, or it does not
+def test_decode_rows_and_prefill_blocks_of_a_step_equal_torch(longest, window):
+    lengths = [1, longest, 17, 9]  # three decode rows; the last one is a prompt's chunk from 3 on
+    table = -(-longest // PAGE)
+    pages = 1 + sum(-(-n // PAGE) for n in lengths)
+    shape = (pages, KV_HEADS, PAGE, WIDTH)
+    # pages that nobody owns hold NaN, and so does the trash page
+    keys, values = np.full(shape, np.nan, np.float32), np.full(shape, np.nan, np.float32)
+    tables, sequences, free = np.zeros((5, table), np.int32), [], iter(RNG.permutation(pages - 1))
+    for row, length in enumerate(lengths):
+        own = [int(next(free)) + 1 for _ in range(-(-length // PAGE))]
+        tables[row, : len(own)] = own
+        k, v = (RNG.standard_normal((2, length, KV_HEADS, WIDTH)) * 2).astype(np.float32)
+        sequences.append((k, v))
+        at = np.arange(length)
+        where = jnp.asarray([own[i // PAGE] for i in at]), jnp.asarray(at % PAGE)
+        for page in own:
+            keys[page], values[page] = 0, 0
+        keys = np.array(write_kv(jnp.asarray(keys), jnp.asarray(k), *where))
+        values = np.array(write_kv(jnp.asarray(values), jnp.asarray(v), *where))
+    decode = 4  # the fourth decode row and the second block are padding
+    tables = np.stack([tables[0], tables[1], tables[2], tables[4], tables[3], tables[4]])
+    positions = np.full(decode + 2 * BLOCK, -1, np.int32)
+    positions[:3] = [0, longest - 1, 16]
+    positions[decode : decode + 6] = np.arange(3, 9)
+    values[0], keys[0] = 0, 0  # the runner's pools start as zeros
+    q = RNG.standard_normal((len(positions), HEADS, WIDTH)).astype(np.float32)
+    got = np.asarray(
+        paged_attention(
+            jnp.asarray(q),
+            jnp.asarray(keys),
+            jnp.asarray(values),
+            jnp.asarray(tables),
+            jnp.asarray(positions),
+            decode=decode,
+            block=BLOCK,
+            scale=0.3,
+            window=window,
+        )
+    )
+    assert np.isfinite(got).all()
+    for token, row in ((0, 0), (1, 1), (2, 2)):
+        want = expected(q[token : token + 1], *sequences[row], lengths[row] - 1, window)
+        np.testing.assert_allclose(got[token : token + 1], want, atol=2e-5)
+    want = expected(q[decode : decode + 6], *sequences[3], 3, window)
+    np.testing.assert_allclose(got[decode : decode + 6], want, atol=2e-5)
+
+
+def test_an_unknown_implementation_is_refused_by_name():
+    nothing = jnp.zeros((1, 1, 1, 4))
+    with pytest.raises(NotImplementedError, match="'cudnn'"):
+        paged_attention(
+            nothing[0],
+            nothing,
+            nothing,
+            jnp.zeros((1, 1), jnp.int32),
+            jnp.zeros(1, jnp.int32),
+            decode=1,
+            block=1,
+            scale=1.0,
+            implementation="cudnn",
+        )
