@@ -172,6 +172,6 @@ def test_the_real_store_and_the_scheduler_agree(data: st.DataObject):
 def staged(name: Any) -> Any:
     """What the pool would stage for the adapter in folder `name`."""
     return SimpleNamespace(
-        uid=f"uid-{name}", base_model=None, rank=RANKS[name], modules=("q_proj",),
+        uid=f"uid-{name}", base_model=None, rank=RANKS[name], modules=("q_proj",), bound=1, scalings=(1.0,),
         chat_template=None, nbytes=100, pages=-(-RANKS[name] // 16),
     )  # fmt: skip
