@@ -7,7 +7,6 @@ Writes results.json beside itself and prints one table.
 """
 
 import argparse
-import itertools
 import json
 import os
 import shutil
@@ -245,6 +244,14 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
             f"{row['others_cpu']:.0%}",
         )
     Console(width=130).print(table)
+
+
+def steps(args: argparse.Namespace) -> Iterator[tuple[int, int, str]]:
+    """(round, clients, case)."""
+    for number in range(args.rounds):
+        for clients in args.concurrency:
+            for case in CASES:
+                yield number, clients, case
 
 
 def main() -> None:
