@@ -8,6 +8,7 @@ found by bisection over the bits of the probabilities, which is exact.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -143,10 +144,21 @@ def sample(
     logits: Float[Array, "B V"], slots: Slots, batch: Batch, max_logprobs: int
 ) -> tuple[Sampled, Slots]:
     """Draws one token a row and notes it in the row's slot. DONATES slots."""
-    own = batch.slots
+    at = batch.positions[batch.last] + 1  # position that the sampled token will have
+    return _sample(logits, slots, batch.slots, at, batch.samples, max_logprobs)
+
+
+@partial(jax.jit, static_argnums=5)  # steps of one number of rows share one trace
+def _sample(
+    logits: Float[Array, "B V"],
+    slots: Slots,
+    own: Int[Array, "B"],
+    at: Int[Array, "B"],
+    samples: Int[Array, "B"],
+    max_logprobs: int,
+) -> tuple[Sampled, Slots]:
     floats = dict(zip(FLOATS, slots.floats[own].T, strict=True))
     ints = dict(zip(INTS, slots.ints[own].T, strict=True))
-    at = batch.positions[batch.last] + 1  # position that the sampled token will have
     adjusted = jax.lax.cond(
         _any_adjusts(slots, own, floats, ints, at),
         lambda: _adjust(logits, slots, own, floats, ints["free_from"] > at),
@@ -164,7 +176,7 @@ def sample(
         lambda: Sampled(*_no_logprobs(tokens, max_logprobs)),
     )
     # rows that sample nothing (padding, the middle of a prompt) write to the trash slot
-    to = jnp.where(batch.samples > 0, own, slots.last.shape[0] - 1)
+    to = jnp.where(samples > 0, own, slots.last.shape[0] - 1)
     slots = replace(
         slots,
         last=slots.last.at[to].set(tokens),
