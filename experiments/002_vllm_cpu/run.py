@@ -288,10 +288,7 @@ def main() -> None:
             up = [(server.name, *stack.enter_context(running(server, work))) for server in chosen]
             document["ready_s"] = {name: round(ready, 1) for name, _, _, ready in up}
             print("ready after seconds:", document["ready_s"], flush=True)
-            steps = itertools.product(
-                range(args.rounds), itertools.product(args.concurrency, CASES)
-            )
-            for number, (clients, case) in steps:
+            for number, clients, case in steps(args):
                 for name, url, group, _ in up if number % 2 == 0 else reversed(up):
                     wanted = partial(load, url, ["base", *adapters], clients, case, number, args)
                     cell = measure(group, wanted, args)
