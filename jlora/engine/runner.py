@@ -96,7 +96,8 @@ class Runner:
         self._count = jax.jit(sampler.count_tokens, **replicated)
         # Collectives between CPU devices can deadlock if steps are queued behind each other.
         self.in_order = on_cpu and mesh.size > 1
-        self._copied: tuple[tuple[int, ...], Any] | None = None  # (active pages, their copies)
+        # By rank pages of a shape: the pages that were copied out last, and their copies.
+        self._copied: dict[int, tuple[list[int], Any]] = {}
 
     @property
     def kv_bytes(self) -> int:
@@ -152,12 +153,24 @@ class Runner:
             return None
         if not self.programs.copy_pages:
             return self.rank_pages.pools
-        key = tuple(pages.tolist())
-        if self._copied is None or self._copied[0] != key:
-            self._copied = None  # frees the old copies before the new ones are made
+        held = self._copied.get(shape.rank_pages)
+        if held is None or held[0] != pages.tolist():
+            self._copied.pop(shape.rank_pages, None)  # frees the old copies first
             copies = self.programs.copy(shape.rank_pages)(self.rank_pages.pools, pages)
-            self._copied = (key, copies)
-        return self._copied[1]
+            held = self._copied[shape.rank_pages] = (pages.tolist(), copies)
+        return held[1]
+
+    def _active(self, shape: Shape, rank_pages: Seq[Seq[int]]) -> tuple[list[int], list[int]]:
+        """(pages, owners) of a step. Pages that are copied out already stay in their places, those
+        that nobody in this step owns too: adapters come and go, and the copies serve on."""
+        number = {page: n for n, own in enumerate(rank_pages) for page in own}
+        pages = list(number)
+        held = self._copied.get(shape.rank_pages)
+        if held is not None:
+            stay = [page for page in held[0] if page and page not in number]
+            pages = held[0] if number.keys() <= set(held[0]) else pages + stay
+        pages = pages[: shape.rank_pages]
+        return pages, [number.get(page, -1) for page in pages]
 
     def dispatch(self, plan: Plan, shape: Shape, rank_pages: Seq[Seq[int]]) -> Pending:
         """Queues one step; `rank_pages` are those of each of the plan's adapters.
@@ -166,7 +179,7 @@ class Runner:
         """
         for placement in plan.placements:
             self.rank_pages.write(placement.staged, placement.pages)
-            self._copied = None
+            self._copied.clear()
         for chunk in (*plan.decodes, *plan.prefills):
             self._admit(chunk.seq)
         arrays = empty(shape, self.config.max_num_seqs)
@@ -204,9 +217,8 @@ class Runner:
     ) -> list[tuple[int, Chunk]]:
         """Writes a plan's chunks into a batch of padding; gives the rows that sample."""
         number = _number(plan)
-        pages = [page for own in rank_pages for page in own]
-        arrays["pages"][: len(pages)] = pages
-        arrays["owner"][: len(pages)] = [n for n, own in enumerate(rank_pages) for _ in own]
+        pages, owners = self._active(shape, rank_pages)
+        arrays["pages"][: len(pages)], arrays["owner"][: len(pages)] = pages, owners
         rows: list[tuple[int, Chunk]] = []
         for row, chunk in enumerate(sorted(plan.decodes, key=number)):
             self._put(arrays, chunk, row, row, 1, number(chunk))
