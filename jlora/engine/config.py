@@ -166,7 +166,8 @@ def buckets(config: EngineConfig) -> list[Shape]:
     shapes = []
     for decode, prefill in sizes:
         rows = decode + prefill // config.prefill_block
-        ranks = {r for r in config.rank_page_buckets if rows / 4 <= r <= max(2, rows)}
+        least = 0 if prefill else rows / 4  # one adapter's prompt may fill a step
+        ranks = {r for r in config.rank_page_buckets if least <= r <= max(2, rows)}
         if (decode, prefill) in largest or not ranks:
             ranks.add(config.max_rank_pages)
         shapes += [
