@@ -47,11 +47,11 @@ def test_decode_rows_and_prefill_blocks_of_a_step_equal_torch(longest, window):
         k, v = (RNG.standard_normal((2, length, KV_HEADS, WIDTH)) * 2).astype(np.float32)
         sequences.append((k, v))
         at = np.arange(length)
-        where = jnp.asarray([own[i // PAGE] for i in at]), jnp.asarray(at % PAGE)
+        page_of, offset = jnp.asarray([own[i // PAGE] for i in at]), jnp.asarray(at % PAGE)
         for page in own:
             keys[page], values[page] = 0, 0
-        keys = np.array(write_kv(jnp.asarray(keys), jnp.asarray(k), *where))
-        values = np.array(write_kv(jnp.asarray(values), jnp.asarray(v), *where))
+        keys = np.array(write_kv(jnp.asarray(keys), jnp.asarray(k), page_of, offset))
+        values = np.array(write_kv(jnp.asarray(values), jnp.asarray(v), page_of, offset))
     decode = 4  # the fourth decode row and the second block are padding
     tables = np.stack([tables[0], tables[1], tables[2], tables[4], tables[3], tables[4]])
     positions = np.full(decode + 2 * BLOCK, -1, np.int32)
@@ -73,10 +73,11 @@ def test_decode_rows_and_prefill_blocks_of_a_step_equal_torch(longest, window):
         )
     )
     assert np.isfinite(got).all()
-    for token, row in ((0, 0), (1, 1), (2, 2)):
-        want = expected(q[token : token + 1], *sequences[row], lengths[row] - 1, window)
+    for token, (k, v) in enumerate(sequences[:3]):
+        want = expected(q[token : token + 1], k, v, len(k) - 1, window)
         np.testing.assert_allclose(got[token : token + 1], want, atol=2e-5)
-    want = expected(q[decode : decode + 6], *sequences[3], 3, window)
+    k, v = sequences[3]
+    want = expected(q[decode : decode + 6], k, v, 3, window)
     np.testing.assert_allclose(got[decode : decode + 6], want, atol=2e-5)
 
 
