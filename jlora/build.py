@@ -110,7 +110,6 @@ def build_engine(options: ModelOptions, *, progress: Progress | None = None) -> 
         names=names,
         path=str(folder),
         vocab=cfg.vocab,
-        max_logprobs=config.max_logprobs,
         plan=MemoryPlan(
             weights=runner.weight_bytes // options.mesh,
             adapter_pages=rank_pages.nbytes,

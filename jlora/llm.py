@@ -130,39 +130,18 @@ class LLM:
 
     def check(self, prompt: Sequence[int], params: SamplingParams) -> SamplingParams:
         """`params` with max_tokens filled in; ParameterError when prompt and params do not fit the model."""
-        limit, vocab = self.engine.max_model_len, self.parts.vocab
-        if not prompt:
-            raise ParameterError("the prompt is empty: at least one token is needed", "prompt")
-        if min(prompt) < 0 or max(prompt) >= vocab:
-            bad = next(token for token in prompt if not 0 <= token < vocab)
-            raise ParameterError(f"token id {bad} is outside the vocabulary of {vocab}", "prompt")
+        self.engine.check(prompt, params)
+        limit = self.engine.max_model_len
         room = limit - len(prompt)
-        if room < (0 if params.max_tokens == 0 else 1):
-            raise ParameterError(
-                f"the prompt has {len(prompt)} tokens, but this model's maximum context length is "
-                f"{limit} tokens (prompt and output together)",
-                "prompt",
-            )
-        if params.max_tokens is not None and params.max_tokens > room:
+        if params.max_tokens is None:
+            return dataclasses.replace(params, max_tokens=room)
+        if params.max_tokens > room:
             raise ParameterError(
                 f"max_tokens={params.max_tokens} is too large: this model's maximum context length is "
                 f"{limit} tokens and the prompt has {len(prompt)}, so at most {room} can follow",
                 "max_tokens",
             )
-        for name in ("logprobs", "prompt_logprobs"):
-            value = getattr(params, name)
-            if value is not None and value > self.parts.max_logprobs:
-                raise ParameterError(
-                    f"{name}={value} is more than this server's max_logprobs={self.parts.max_logprobs}",
-                    name,
-                )
-        for name in ("logit_bias", "stop_token_ids"):
-            for token in getattr(params, name) or ():
-                if not 0 <= token < vocab:
-                    raise ParameterError(
-                        f"{name}: token id {token} is outside the vocabulary of {vocab}", name
-                    )
-        return dataclasses.replace(params, max_tokens=room) if params.max_tokens is None else params
+        return params
 
     def generate(
         self,

@@ -1,6 +1,6 @@
 """A loaded model in parts: what `jlora.build` makes and `LLM` stands on. No jax."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,6 +18,8 @@ class EngineLike(Protocol):
 
     @property
     def max_model_len(self) -> int: ...
+
+    def check(self, prompt: Sequence[int], params: SamplingParams) -> None: ...
 
     def submit(
         self,
@@ -62,5 +64,4 @@ class Parts:
     path: str
     vocab: int
     """Token ids that the model can take."""
-    max_logprobs: int = 20
     plan: MemoryPlan | None = None

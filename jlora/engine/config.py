@@ -4,7 +4,7 @@ A step has some decode rows, some prefill tokens and some active rank pages; it 
 smallest compiled shape that holds it, so the lists here trade compile time against padding.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from jlora.engine.params import SamplingParams
@@ -96,24 +96,21 @@ class EngineConfig:
             )
 
     def check_request(self, prompt_tokens: int, params: SamplingParams) -> None:
-        """Raise a `ParameterError` for a request that this engine can never serve."""
+        """Raise a `ParameterError` for a request whose size this engine can never serve."""
         if prompt_tokens < 1:
+            raise ParameterError("the prompt is empty: at least one token is needed", "prompt")
+        if prompt_tokens > self.max_model_len - (0 if params.scores_only else 1):
             raise ParameterError(
-                "the prompt must hold at least one token, got none", param="prompt"
-            )
-        room = self.max_model_len - (0 if params.scores_only else 1)
-        if prompt_tokens > room:
-            raise ParameterError(
-                f"the prompt may hold {room} tokens at most (this server's context is "
-                f"{self.max_model_len}), got {prompt_tokens}",
-                param="prompt",
+                f"the prompt has {prompt_tokens} tokens, but this model's maximum context length is "
+                f"{self.max_model_len} tokens (prompt and output together)",
+                "prompt",
             )
         for name in ("logprobs", "prompt_logprobs"):
             wanted = getattr(params, name)
             if wanted is not None and wanted > self.max_logprobs:
                 raise ParameterError(
-                    f"{name} must be at most {self.max_logprobs} on this server, got {wanted}",
-                    param=name,
+                    f"{name}={wanted} is more than this server's max_logprobs={self.max_logprobs}",
+                    name,
                 )
 
     def _fill_buckets(self) -> None:
@@ -181,6 +178,20 @@ def buckets(config: EngineConfig) -> list[Shape]:
             for pages in (0, *sorted(ranks))
         ]
     return shapes
+
+
+def check_tokens(vocab: int, prompt: Sequence[int], params: SamplingParams) -> None:
+    """Raise a `ParameterError` for a request that names tokens which the model does not have."""
+    for name, tokens in (
+        ("prompt", prompt),
+        ("logit_bias", params.logit_bias or ()),
+        ("stop_token_ids", params.stop_token_ids),
+    ):
+        if tokens and (min(tokens) < 0 or max(tokens) >= vocab):
+            bad = next(token for token in tokens if not 0 <= token < vocab)
+            raise ParameterError(
+                f"{name}: token id {bad} is outside the vocabulary of {vocab}", name
+            )
 
 
 def pick(

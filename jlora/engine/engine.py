@@ -16,13 +16,13 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from typing import Any
 
-from jlora.engine.config import EngineConfig, pick
+from jlora.engine.config import EngineConfig, check_tokens, pick
 from jlora.engine.pages import KVPages
 from jlora.engine.params import SamplingParams
 from jlora.engine.runner import Pending, Result, Runner
 from jlora.engine.scheduler import Plan, Scheduler
 from jlora.engine.sequence import Event, Sequence, TokenLogprobs
-from jlora.errors import JloraError, ParameterError
+from jlora.errors import JloraError
 from jlora.shape import Shape
 
 log = logging.getLogger(__name__)
@@ -121,6 +121,11 @@ class Engine:
         """Starts the engine's thread, which owns jax from now on."""
         self._thread.start()
 
+    def check(self, prompt: Seq[int], params: SamplingParams) -> None:
+        """Raises ParameterError for a request that can never run here."""
+        self.config.check_request(len(prompt), params)
+        check_tokens(self.vocab, prompt, params)
+
     def submit(
         self,
         request_id: str,
@@ -134,8 +139,7 @@ class Engine:
         `on_event` is called on the engine's thread and must not block. Raises ParameterError for
         a request that can never run, UnknownModelError if the adapter was unloaded meanwhile.
         """
-        self.config.check_request(len(prompt), params)
-        self._check_tokens(prompt, params)
+        self.check(prompt, params)
         if self._failed is not None:
             raise RuntimeError(f"the engine has stopped: {self._failed}")
         if self._refusing:
@@ -321,19 +325,6 @@ class Engine:
             client.on_event(event)
         except Exception:  # a client's fault must not touch the others
             log.exception("request %s: its on_event failed", event.request_id)
-
-    def _check_tokens(self, prompt: list[int], params: SamplingParams) -> None:
-        for name, tokens in (
-            ("prompt", prompt),
-            ("logit_bias", params.logit_bias or ()),
-            ("stop_token_ids", params.stop_token_ids),
-        ):
-            bad = next((token for token in tokens if not 0 <= token < self.vocab), None)
-            if bad is not None:
-                raise ParameterError(
-                    f"{name} holds token id {bad}, this model has ids 0 to {self.vocab - 1}",
-                    param=name,
-                )
 
     def _snapshot(self) -> EngineStats:
         scheduler = self._scheduler

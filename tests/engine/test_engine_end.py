@@ -136,6 +136,7 @@ def test_a_shutdown_gives_time_to_a_request_that_no_step_has_seen(parts):
 
 def test_an_interrupt_while_compiling_does_not_compile_the_rest_first(monkeypatch):
     from jlora.engine.programs import Programs
+    from jlora.engine.sampler import Kind, empty_slots
 
     compiled: list[int] = []
 
@@ -148,10 +149,12 @@ def test_an_interrupt_while_compiling_does_not_compile_the_rest_first(monkeypatc
         raise KeyboardInterrupt
 
     programs = Programs.__new__(Programs)
-    programs.copy_pages, programs._steps, programs._scores = False, {}, {}
-    monkeypatch.setattr(programs, "_lower_step", lambda *_: Lowered(), raising=False)
-    monkeypatch.setattr(programs, "_lower_score", lambda *_: Lowered(), raising=False)
+    programs.copy_pages, programs.kinds = False, [Kind.ANY]
+    programs._steps, programs._samples, programs._scores = {}, {}, {}
+    slots = empty_slots(1, 8)
+    for name in ("_lower_step", "_lower_sample", "_lower_score"):
+        monkeypatch.setattr(programs, name, lambda *_: Lowered(), raising=False)
     shapes = buckets(CONFIG) * 200
     with pytest.raises(KeyboardInterrupt):
-        programs.compile_all(shapes, [], [], None, interrupted)  # type: ignore[arg-type]
+        programs.compile_all(shapes, [], [], slots, interrupted)
     assert len(compiled) < len(shapes) // 2

@@ -6,13 +6,14 @@ store is the real one. `FakeEngine.hold` stops time.
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 from jlora.adapters.store import AdapterEntry, AdapterStore
+from jlora.engine.config import EngineConfig, check_tokens
 from jlora.engine.params import SamplingParams
 from jlora.engine.sequence import Event, TokenLogprobs
 from jlora.errors import AdapterError, AdapterNotFound
@@ -100,6 +101,10 @@ class FakeEngine:
 
     def go_on(self) -> None:
         self.time.set()
+
+    def check(self, prompt: Sequence[int], params: SamplingParams) -> None:
+        EngineConfig(max_model_len=self.max_model_len).check_request(len(prompt), params)
+        check_tokens(self.tokenizer.vocab_size, prompt, params)
 
     def submit(
         self,

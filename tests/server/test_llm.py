@@ -100,6 +100,18 @@ def test_a_bad_prompt_in_a_batch_runs_none_of_it(llm: LLM):
     assert not llm.engine.active
 
 
+def test_what_a_request_may_be_is_the_engines_rule_alone(llm: LLM, monkeypatch: pytest.MonkeyPatch):
+    def no(prompt: list[int], params: SamplingParams) -> None:
+        raise ParameterError("not today", "prompt")
+
+    llm.check([5], LONG)
+    monkeypatch.setattr(llm.engine, "check", no)
+    with pytest.raises(ParameterError, match="not today"):
+        llm.check([5], LONG)
+    monkeypatch.setattr(llm.engine, "check", lambda prompt, params: None)
+    llm.check([10**9], LONG)
+
+
 def test_closing_a_stream_aborts_what_runs(llm: LLM):
     assert isinstance(llm.engine, FakeEngine)
     stream = llm.stream([[5], [6]], SamplingParams(ignore_eos=True, max_tokens=200, n=2))
