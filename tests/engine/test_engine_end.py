@@ -14,6 +14,7 @@ from jlora.engine.engine import Engine
 from jlora.engine.params import SamplingParams
 from jlora.engine.runner import Result
 from jlora.engine.sequence import Event
+from jlora.errors import ParameterError
 from tests.adapters.fakes import Disk, Fake, staged
 
 CONFIG = EngineConfig(max_model_len=64, max_num_seqs=2)
@@ -96,6 +97,26 @@ def hold_a_step(parts: Any) -> list[Event]:
     first = submit(parts, "first")
     assert parts.device.inside.wait(10)
     return first
+
+
+@pytest.mark.parametrize(
+    ("prompt", "params", "param"),
+    [
+        ([], {}, "prompt"),
+        ([1] * 64, {}, "prompt"),
+        ([1, 100], {}, "prompt"),
+        ([1, -1], {}, "prompt"),
+        ([1], {"logit_bias": {100: 1.0}}, "logit_bias"),
+        ([1], {"stop_token_ids": [100]}, "stop_token_ids"),
+        ([1], {"logprobs": 21}, "logprobs"),
+        ([1], {"prompt_logprobs": 21}, "prompt_logprobs"),
+    ],
+)
+def test_a_request_that_can_never_run_is_refused_and_holds_nothing(parts, prompt, params, param):
+    with pytest.raises(ParameterError) as caught:
+        parts.engine.submit("r", prompt, SamplingParams(**params), parts.entry, lambda event: None)
+    assert caught.value.param == param
+    assert parts.entry.in_flight == 0
 
 
 def test_requests_that_came_during_the_step_that_fails_end_with_an_error(parts):
