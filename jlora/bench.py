@@ -67,15 +67,15 @@ async def over_http(options: BenchOptions, done: list[Measurement], facts: dict[
 def in_process(options: BenchOptions, done: list[Measurement], facts: dict[str, Any]) -> None:
     """Load a model, then load it."""
     with ExitStack() as stack:
+        bars = stack.enter_context(ProgressBars())
         if options.random_adapters:
             root = stack.enter_context(tempfile.TemporaryDirectory(prefix="jlora-bench-"))
             # Named, so that the demo's own adapters stay out.
-            options = replace(options, model=options.model or str(demo_model_folder()))
+            options = replace(options, model=options.model or str(demo_model_folder(bars)))
             cfg = ModelConfig.from_folder(options.model or "")
             made = write_random_adapters(root, cfg, options.adapter_ranks, seed=options.seed)
             modules = (*options.lora_modules, *(f"{name}={path}" for name, path in made.items()))
             options = replace(options, lora_modules=modules)
-        bars = stack.enter_context(ProgressBars())
         llm = stack.enter_context(LLM.load(options, progress=bars))
         names = [llm.names[0], *(str(entry["name"]) for entry in llm.store.adapters())]
         schedule, workload = options.schedule(names), options.workload(llm.parts.vocab)

