@@ -5,6 +5,7 @@ The one place that knows how all parts fit together, and how memory is shared ou
 
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,8 +25,9 @@ from jlora.errors import ParameterError
 from jlora.models.config import ModelConfig
 from jlora.models.decoder import Decoder
 from jlora.models.weights import dummy_weights, load_weights
-from jlora.options import LoraModule, ModelOptions, parse_bytes
+from jlora.options import LoraModule, ModelOptions, parse_bytes, parse_pages
 from jlora.parts import MemoryPlan, Parts, Progress
+from jlora.shape import Shape
 from jlora.sharding import Layout, make_mesh
 from jlora.tokenizer import Tokenizer
 
@@ -114,6 +116,7 @@ def build_engine(options: ModelOptions, *, progress: Progress | None = None) -> 
             weights=runner.weight_bytes // options.mesh,
             adapter_pages=rank_pages.nbytes,
             adapter_page_count=lora_pages,
+            adapter_copies=_copy_pages(runner, shapes) * rank_pages.bytes_per_page,
             kv_pages=runner.kv_bytes // options.mesh,
             kv_page_count=num_pages,
             kv_tokens=(num_pages - 1) * config.page_size,
@@ -188,6 +191,9 @@ def _engine_config(options: ModelOptions, cfg: ModelConfig, platform: _Platform)
 
 def _lora_pages(options: ModelOptions, layout: Layout, dtype: np.dtype) -> int:
     """Rank pages that the adapter budget buys on each device."""
+    pages = parse_pages(options.lora_memory, "lora_memory")
+    if pages is not None:
+        return pages
     budget = parse_bytes(options.lora_memory, "lora_memory")
     if budget is None:
         return options.max_loras * LORA_RANK // 16
@@ -199,6 +205,11 @@ def _lora_pages(options: ModelOptions, layout: Layout, dtype: np.dtype) -> int:
             "lora_memory",
         )
     return budget // each
+
+
+def _copy_pages(runner: Runner, shapes: Sequence[Shape]) -> int:
+    """Rank pages that the runner's copies of active pages may hold: one set for each size."""
+    return sum({shape.rank_pages for shape in shapes}) if runner.programs.copy_pages else 0
 
 
 def _kv_page_bytes(layout: Layout, config: EngineConfig, dtype: np.dtype) -> int:

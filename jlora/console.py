@@ -85,10 +85,10 @@ def size(count: int) -> str:
 
 def memory_plan(plan: MemoryPlan) -> str:
     """The memory plan as one line."""
-    total = plan.weights + plan.adapter_pages + plan.kv_pages
+    copies = f" and {size(plan.adapter_copies)} of copies for steps" if plan.adapter_copies else ""
     return (
         f"Memory: weights {size(plan.weights)}, "
-        f"adapters {size(plan.adapter_pages)} ({plan.adapter_page_count} pages of 16 rank rows), "
+        f"adapters {size(plan.adapter_pages)} ({plan.adapter_page_count} pages of 16 rank rows){copies}, "
         f"KV cache {size(plan.kv_pages)} ({plan.kv_page_count} pages, {plan.kv_tokens} tokens); "
-        f"together {size(total)}"
+        f"together {size(plan.total)}"
     )

@@ -11,6 +11,7 @@ from typing import Literal
 
 from jlora.errors import ParameterError
 
+_PAGES = re.compile(r"(\d+)\s*pages?", re.IGNORECASE | re.ASCII)
 _BYTES = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?b)?", re.IGNORECASE)
 
 
@@ -24,6 +25,16 @@ def parse_bytes(text: str | None, param: str) -> int | None:
     number, unit, suffix = match.groups()
     base = 1000 if (suffix or "").lower() == "b" and unit else 1024
     return int(float(number) * base ** " kmgt".index(unit.lower() or " "))
+
+
+def parse_pages(text: str | None, param: str) -> int | None:
+    """The count in `"32pages"` or `"1 page"`; None if the text does not speak of pages."""
+    match = _PAGES.fullmatch((text or "").strip())
+    if match is None:
+        return None
+    if (pages := int(match[1])) < 1:
+        raise ParameterError(f"{param}: at least 1 page is needed, got {text!r}", param)
+    return pages
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +120,7 @@ class ModelOptions:
     """Adapters kept in host memory; others are read from disk when they are asked for. Default: all."""
 
     lora_memory: str | None = None
-    """Device memory for adapters, e.g. 512MiB. Default: room for max_loras adapters of rank 64."""
+    """Memory for adapters on each device, e.g. 512MiB, or 32pages of 16 rank rows each. Default: room for max_loras adapters of rank 64."""
 
     lora_host_memory: str | None = None
     """Host memory for adapters, e.g. 4GiB. Default: no limit."""
@@ -156,7 +167,9 @@ class ModelOptions:
             raise ParameterError(
                 f"max_logprobs must not be negative, got {self.max_logprobs}", "max_logprobs"
             )
-        for name in ("lora_memory", "lora_host_memory", "kv_cache_memory"):
+        if parse_pages(self.lora_memory, "lora_memory") is None:
+            parse_bytes(self.lora_memory, "lora_memory")
+        for name in ("lora_host_memory", "kv_cache_memory"):
             parse_bytes(getattr(self, name), name)
         names = [module.name for module in self.adapters]
         for name in names:

@@ -47,9 +47,15 @@ class MemoryPlan:
     weights: int
     adapter_pages: int
     adapter_page_count: int
+    adapter_copies: int
+    """Copies of the pages that recent steps used; on a CPU, where steps read no pools."""
     kv_pages: int
     kv_page_count: int
     kv_tokens: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.adapter_pages + self.adapter_copies + self.kv_pages
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,10 +2,12 @@
 
 import shutil
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from jlora.console import memory_plan, size
 from jlora.engine.params import SamplingParams
 from tests.engine.test_engine_end import Job
 
@@ -32,7 +34,7 @@ def parts(tiny_model, tiny_adapter, tmp_path_factory):
         kv_cache_memory="72KiB",
         enable_prefix_caching=False,
         max_logprobs=0,
-        lora_memory="64MiB",
+        lora_memory="40pages",
     )
     made = build_engine(options)
     yield made
@@ -70,7 +72,20 @@ def test_extreme_numbers_of_a_request_do_not_stop_the_engine(parts):
 
 def test_all_of_the_adapter_budget_may_hold_adapters(parts):
     assert parts.plan.adapter_page_count > parts.engine.config.max_rank_pages
-    assert parts.store.num_pages == parts.plan.adapter_page_count
+    assert parts.store.num_pages == parts.plan.adapter_page_count == 40
+
+
+def test_the_memory_plan_counts_the_copies_of_active_pages(parts):
+    """Every set of copies that the steps can hold at once, by what the programs really return."""
+    runner, plan = parts.engine.runner, parts.plan
+    pools = runner.rank_pages.pools
+    copies = [
+        program(pools, np.zeros(count, np.int32))
+        for count, program in runner.programs._copies.items()
+    ]
+    assert plan.adapter_copies == sum(leaf.nbytes for leaf in jax.tree.leaves(copies)) > 0
+    assert plan.total == sum((plan.weights, plan.adapter_pages, plan.adapter_copies, plan.kv_pages))
+    assert f"{size(plan.adapter_copies)} of copies" in memory_plan(plan)
 
 
 def test_padding_rows_are_greedy_so_that_greedy_steps_draw_nothing(parts):

@@ -10,7 +10,14 @@ import pytest
 from jlora.cli import build_parser, field_docs, parse
 from jlora.errors import ParameterError
 from jlora.generate import GenerateOptions
-from jlora.options import LoraModule, ModelOptions, ServeOptions, parse_bytes, parse_lora_module
+from jlora.options import (
+    LoraModule,
+    ModelOptions,
+    ServeOptions,
+    parse_bytes,
+    parse_lora_module,
+    parse_pages,
+)
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "serve").glob("*.toml"))
 
@@ -78,6 +85,8 @@ def test_sglangs_aliases_mean_the_same():
         (["--max-loras", "8", "--max-cpu-loras", "2"], "max_cpu_loras"),
         (["--gpu-memory-utilization", "1.5"], "gpu_memory_utilization"),
         (["--lora-memory", "much"], "much"),
+        (["--lora-memory", "0pages"], "at least 1 page"),
+        (["--kv-cache-memory", "3pages"], "3pages"),
         (["--lora-modules", "=x"], "NAME=PATH"),
         (["--lora-modules", "{]"], "JSON"),
         (["--lora-modules", '{"name": "a"}'], "path"),
@@ -169,6 +178,14 @@ def test_generate_takes_a_prompt_and_an_adapter():
 )  # fmt: skip
 def test_sizes(text: str, count: int):
     assert parse_bytes(text, "x") == count
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("32pages", 32), (" 1 Page ", 1), ("32", None), ("1MiB", None), (None, None)],
+)
+def test_a_budget_may_be_a_number_of_pages(text: str | None, count: int | None):
+    assert parse_pages(text, "x") == count
 
 
 def test_a_path_with_an_equals_sign_keeps_it():
