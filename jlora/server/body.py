@@ -1,10 +1,12 @@
 """Request bodies in general: JSON bytes -> a checked pydantic object, or a ParameterError that names
-the field. An unknown field, and an unsupported one with a value that matters, is an error.
+the field. An unknown field, and an unsupported one with a value that matters, is an error; null is
+what OpenAI's and vLLM's clients send for a field that they leave out.
 """
 
 from typing import Any, ClassVar, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
+from pydantic_core import PydanticUseDefault
 
 from jlora.errors import ParameterError
 
@@ -18,6 +20,21 @@ class Body(BaseModel):
 
     UNSUPPORTED: ClassVar[dict[str, tuple[Any, ...]]] = {}
     """Field -> the values that change nothing; any other value is refused."""
+
+    NULL_COUNTS: ClassVar[frozenset[str]] = frozenset()
+    """Fields where null says something else than leaving the field out."""
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _null_is_the_default(cls, value: Any, info: ValidationInfo) -> Any:
+        name = info.field_name or ""
+        if (
+            value is None
+            and name not in cls.NULL_COUNTS
+            and not cls.model_fields[name].is_required()
+        ):
+            raise PydanticUseDefault
+        return value
 
 
 def parse_body(cls: type[TBody], data: bytes) -> TBody:

@@ -38,6 +38,10 @@ class SGLangSampling(Body):
     stop_regex: Any = None
     custom_params: Any = None
 
+    NULL_COUNTS: ClassVar[frozenset[str]] = frozenset(
+        {"max_new_tokens"}
+    )  # until the context is full
+
     def params(self, *, logprobs: int | None, prompt_logprobs: int | None) -> SamplingParams:
         for name in (
             "json_schema",
