@@ -39,6 +39,9 @@ class EngineLike(Protocol):
     @property
     def ready(self) -> bool: ...
 
+    @property
+    def failure(self) -> str | None: ...
+
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryPlan:
@@ -47,6 +50,7 @@ class MemoryPlan:
     weights: int
     adapter_pages: int
     adapter_page_count: int
+    adapter_page_rows: int
     adapter_copies: int
     """Copies of the pages that recent steps used; on a CPU, where steps read no pools."""
     kv_pages: int

@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     run(server, sock)
     llm.close()
-    return 0
+    return 0 if server.failure is None else 1
 
 
 def welcome(llm: LLM, options: ServeOptions, address: str) -> str:

@@ -117,6 +117,11 @@ class Engine:
         """Whether requests are being served."""
         return self._thread.is_alive() and self._failed is None
 
+    @property
+    def failure(self) -> str | None:
+        """What stopped the engine, if something did; it never runs again."""
+        return self._failed
+
     def start(self) -> None:
         """Starts the engine's thread, which owns jax from now on."""
         self._thread.start()

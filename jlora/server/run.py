@@ -1,4 +1,6 @@
-"""Running the application under uvicorn: a bound socket, a drain on SIGTERM or Ctrl-C, exit 0."""
+"""Running the application under uvicorn: a bound socket, a drain on SIGTERM or Ctrl-C, and the end of
+a server whose engine has failed.
+"""
 
 import asyncio
 import logging
@@ -31,6 +33,8 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self._service = service
         self._on_start = on_start
+        self.failure: str | None = None
+        """Why the server ended by itself."""
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
@@ -41,6 +45,14 @@ class Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         super().handle_exit(sig, frame)  # a second Ctrl-C ends at once
         self.stop()
+
+    async def on_tick(self, counter: int) -> bool:
+        """Ten times a second: a server without an engine ends, so that something restarts it."""
+        if self.failure is None and (failure := self._service.llm.engine.failure) is not None:
+            self.failure = failure
+            log.critical("the engine has failed, the server ends: %s", failure)
+            self.stop()
+        return await super().on_tick(counter)
 
     def stop(self) -> None:
         """Begin to drain; may be called from any thread."""

@@ -83,6 +83,7 @@ class FakeEngine:
     max_model_len: int = 256
     pace: float = 0.0005
     ready: bool = True
+    failure: str | None = None
     requests: list[Running] = field(default_factory=list)
     """Every request that was ever submitted."""
 
@@ -193,6 +194,14 @@ class FakeEngine:
                 return
         self._release(request)
         request.on_event(event)
+
+    def fail(self, why: str) -> None:
+        """What the real engine does when a step fails."""
+        self.ready, self.failure = False, why
+        for request in list(self.active.values()):
+            self._last(
+                request, Event(request_id=request.request_id, finish_reason="error", error=why)
+            )
 
     def stats(self) -> SimpleNamespace:
         adapters = {r.adapter.name for r in self.active.values() if r.adapter is not None}
