@@ -58,6 +58,8 @@ class _Client:
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=lambda: [None])
     scored: bool = False
     """The prompt's log-probabilities were sent."""
+    uid: str | None = None
+    """The content of its adapter when it first ran."""
 
     def take_prompt_logprobs(self) -> list[TokenLogprobs | None] | None:
         """What the next event says about the prompt: everything once, then nothing."""
@@ -234,6 +236,7 @@ class Engine:
                 self._close(seq)
             if plan is not None:
                 pending.append((plan, self._dispatch(plan)))
+                self._end_changed(plan)
             if pending and (plan is None or len(pending) > depth):
                 self._commit(*pending.popleft())
             elif plan is None and self._scheduler.unfinished:
@@ -272,6 +275,21 @@ class Engine:
         )
         self._steps += 1
         return self.runner.dispatch(plan, shape, rank_pages)
+
+    def _end_changed(self, plan: Plan) -> None:
+        """Ends requests that were preempted and would now go on with other weights: their adapter
+        had left the host and the device, and its folder was overwritten meanwhile."""
+        for seq in [chunk.seq for chunk in plan.prefills if chunk.seq.cache_uid is not None]:
+            client = self._clients[seq.request_id]
+            client.uid = client.uid or seq.cache_uid
+            if client.uid != seq.cache_uid:
+                self._scheduler.abort(seq.request_id)
+                seq.finish_reason = "error"
+                seq.error = (
+                    f"the folder of adapter {seq.adapter.name} was overwritten while this request "
+                    "waited to go on; send it again for an answer by the new weights"
+                )
+                self._close(seq)
 
     def _commit(self, plan: Plan, pending: Pending) -> None:
         result = self.runner.collect(pending)
