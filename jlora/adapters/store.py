@@ -144,6 +144,11 @@ class AdapterStore(Generic[S]):
         shown = model if len(model) <= 200 else f"{model[:200]}..."
         raise UnknownModelError(f"The model `{shown}` does not exist. There are: {there}")
 
+    def __contains__(self, name: str) -> bool:
+        """Whether an adapter of this name is loaded."""
+        with self._lock:
+            return name in self._names
+
     def adapters(self) -> list[dict[str, object]]:
         """One dictionary per loaded adapter, in load order (GET /v1/adapters)."""
         with self._lock:

@@ -48,9 +48,7 @@ async def _load(request: Request) -> AdapterEntry:
         )
 
     loop = asyncio.get_running_loop()
-    entry = await loop.run_in_executor(service.loaders, work)
-    service.metrics.forget_stale(service.llm.store)
-    return entry
+    return await loop.run_in_executor(service.loaders, work)
 
 
 def _locate(path: str, roots: tuple[str, ...]) -> str:
@@ -78,7 +76,7 @@ async def _unload(request: Request) -> Drain:
     while not drain.done and not service.draining and time.monotonic() < end:
         await asyncio.sleep(pause)
         pause = min(0.1, pause * 1.5)
-    service.metrics.forget_stale(service.llm.store)
+    service.metrics.forget(body.adapter)
     return drain
 
 

@@ -123,16 +123,19 @@ class Metrics:
             if choice.queue_seconds is not None:
                 self._queue.observe(choice.queue_seconds)
                 self._prefill.observe(choice.first_at - stream.created - choice.queue_seconds)
+        if name != BASE and name not in self._store:
+            self.forget(name)  # it was unloaded while this request ran
 
-    def forget_stale(self, store: Any) -> None:
-        """Drop the series of adapters that are gone, so that churn does not grow the page for ever."""
-        keep = {BASE, *(str(item["name"]) for item in store.adapters())}
-        keep |= {s.adapter.name for s in self._running if s.adapter is not None}
-        for name in [name for name in self._reasons if name not in keep]:
-            self._adapter_prompt.remove(self._model, name)
-            self._adapter_generation.remove(self._model, name)
-            for reason in self._reasons.pop(name):
-                self._requests.remove(self._model, name, reason)
+    def forget(self, name: str) -> None:
+        """Drop the series of an adapter that is gone, so that churn does not grow the page for ever;
+        while requests of it run, the last of them does."""
+        running = (s.adapter.name for s in self._running if s.adapter is not None)
+        if name not in self._reasons or name in self._store or name in running:
+            return
+        self._adapter_prompt.remove(self._model, name)
+        self._adapter_generation.remove(self._model, name)
+        for reason in self._reasons.pop(name):
+            self._requests.remove(self._model, name, reason)
 
     def page(self) -> bytes:
         """The text of GET /metrics."""

@@ -161,6 +161,34 @@ def test_the_series_of_an_unloaded_adapter_go(server: Running):
     assert not [key for key in samples(server) if "adapter=shout" in key]
 
 
+def test_the_series_of_an_adapter_that_was_unloaded_in_use_go_with_its_last_request(
+    server: Running,
+):
+    server.client().completions.create(model="shout", prompt="x")
+    server.engine.hold()
+    body = {"model": "shout", "prompt": "x"}
+    asking = [
+        threading.Thread(target=server.post, args=("/v1/completions", body)) for _ in range(2)
+    ]
+    for thread in asking:
+        thread.start()
+    server.wait(lambda: len(server.engine.active) == 2)
+    unloading = threading.Thread(
+        target=server.post, args=("/v1/unload_lora_adapter", {"lora_name": "shout"})
+    )
+    unloading.start()
+    server.wait(lambda: "shout" not in server.llm.store)
+    assert [key for key in samples(server) if "adapter=shout" in key]
+    server.engine.go_on()
+    for thread in (*asking, unloading):
+        thread.join(10)
+    assert not [key for key in samples(server) if "adapter=shout" in key]
+    server.post("/v1/load_lora_adapter", {"lora_name": "shout", "lora_path": "shout"})
+    server.client().completions.create(model="shout", prompt="x", max_tokens=3)
+    key = ("jlora:adapter_generation_tokens_total", "adapter=shout", "model_name=tiny")
+    assert samples(server)[key] == 3
+
+
 def test_a_request_that_is_cut_off_counts_as_aborted(server: Running):
     server.engine.pace = 0.02
     body = {"model": "tiny", "prompt": "x", "stream": True, "ignore_eos": True, "max_tokens": 200}
