@@ -65,16 +65,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         with ProgressBars() as progress:
             llm = LLM.load(options, progress=progress)
         with llm:
-            answer(llm, options, text, params)
+            problem = answer(llm, options, text, params)
     except JloraError as error:
         fail(PROG, error)
     except KeyboardInterrupt:
         return 130
+    if problem is not None:
+        print(f"{PROG}: error: the request failed: {problem}", file=sys.stderr)
+        return 1
     return 0
 
 
-def answer(llm: LLM, options: GenerateOptions, text: str, params: SamplingParams) -> None:
-    """Print the answer to `text` while it comes."""
+def answer(llm: LLM, options: GenerateOptions, text: str, params: SamplingParams) -> str | None:
+    """Print the answer to `text` while it comes; what went wrong, if the request failed."""
     entry = llm.resolve(options.lora)
     if options.raw:
         ids = llm.tokenizer.encode(text)
@@ -94,8 +97,7 @@ def answer(llm: LLM, options: GenerateOptions, text: str, params: SamplingParams
         print()
     finally:
         stream.close()
-    if stream.choices[0].error is not None:
-        raise RuntimeError(stream.choices[0].error)
+    return stream.choices[0].error
 
 
 if __name__ == "__main__":
