@@ -174,7 +174,7 @@ class LLM:
         """Answer one conversation or many, through the adapter's chat template where it has one."""
         if messages and isinstance(messages[0], dict):
             messages = [messages]  # type: ignore[list-item]
-        loras = _spread(lora_request, len(messages), "lora_request")
+        loras = _loras(lora_request, len(messages))
         prompts: list[str | None] = []
         ids: list[list[int]] = []
         for conversation, lora in zip(messages, loras, strict=True):
@@ -210,7 +210,7 @@ class LLM:
         lora_request: LoRARequest | Sequence[LoRARequest | None] | None,
     ) -> list[RequestOutput]:
         params = _spread(sampling_params or SamplingParams(), len(ids), "sampling_params")
-        loras = _spread(lora_request, len(ids), "lora_request")
+        loras = _loras(lora_request, len(ids))
         entries = [self.adapter_for(lora) for lora in loras]
         streams: list[Stream] = []
         try:
@@ -289,6 +289,20 @@ def _as_prompt(prompt: Any) -> str | list[int]:
     if isinstance(prompt, Sequence) and all(isinstance(token, int) for token in prompt):
         return list(prompt)
     raise ParameterError("a prompt must be text or a list of token ids", "prompts")
+
+
+def _loras(value: Any, count: int) -> list[LoRARequest | None]:
+    """A LoRARequest or None for each prompt; a name means one adapter within a call."""
+    loras = _spread(value, count, "lora_request")
+    named: dict[str, LoRARequest] = {}
+    for lora in loras:
+        if lora is not None and (other := named.setdefault(lora.lora_name, lora)) != lora:
+            raise ParameterError(
+                f"lora_request: one call has two adapters named {lora.lora_name!r}, {other} and "
+                f"{lora}; give each a name of its own",
+                "lora_request",
+            )
+    return loras
 
 
 def _spread(value: Any, count: int, name: str) -> list[Any]:

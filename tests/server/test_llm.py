@@ -54,6 +54,26 @@ def test_a_lora_request_loads_its_path_once_and_a_new_id_reloads(llm: LLM, tmp_p
     assert got[0].lora_request == second
 
 
+@pytest.mark.parametrize(("number", "path"), [(1, "b"), (2, "b"), (2, "a")])
+def test_one_name_for_two_adapters_in_one_call_is_an_error(
+    llm: LLM, tmp_path: Path, number: int, path: str
+):
+    for name in ("a", "b"):
+        write_adapter(tmp_path / name, f"I am {name}")
+    loads = llm.store.counters().loads
+    loras = [
+        LoRARequest("twin", 1, str(tmp_path / "a")),
+        None,
+        LoRARequest("twin", number, str(tmp_path / path)),
+    ]
+    messages = [[{"role": "user", "content": "x"}]] * 3
+    with pytest.raises(ParameterError, match="two adapters named 'twin'"):
+        llm.generate(["x", "y", "z"], LONG, lora_request=loras)
+    with pytest.raises(ParameterError, match="two adapters named 'twin'"):
+        llm.chat(messages, LONG, lora_request=loras)
+    assert llm.store.counters().loads == loads
+
+
 def test_a_lora_request_without_a_path_names_what_is_loaded(llm: LLM):
     assert (
         llm.generate("a", LONG, lora_request=LoRARequest("shout", 1))[0].outputs[0].text == "SHOUT"
