@@ -56,7 +56,8 @@ class ProgressBars:
         return self  # nothing is drawn before the first call: others may show bars of their own
 
     def __exit__(self, *_: object) -> None:
-        self._progress.stop()
+        if self._tasks:  # else rich would print an empty line
+            self._progress.stop()
 
     def __call__(self, what: str, done: int, total: int) -> None:
         if what not in self._tasks:
@@ -88,7 +89,7 @@ def memory_plan(plan: MemoryPlan) -> str:
     copies = f" and {size(plan.adapter_copies)} of copies for steps" if plan.adapter_copies else ""
     return (
         f"Memory: weights {size(plan.weights)}, "
-        f"adapters {size(plan.adapter_pages)} ({plan.adapter_page_count} pages of 16 rank rows){copies}, "
+        f"adapters {size(plan.adapter_pages)} ({plan.adapter_page_count} pages of {plan.adapter_page_rows} rank rows){copies}, "
         f"KV cache {size(plan.kv_pages)} ({plan.kv_page_count} pages, {plan.kv_tokens} tokens); "
         f"together {size(plan.total)}"
     )
