@@ -1,7 +1,7 @@
 """Command lines from frozen dataclasses: one field is one flag, its docstring is the help.
 
-`parse(Options)` reads flags and `--config FILE` (TOML); flags win over the file. An unknown flag or
-key is an error. Errors are one line on stderr and exit status 2.
+`parse(Options)` reads flags and `--config FILE` (TOML, or YAML by its suffix); flags win over the
+file. An unknown flag or key is an error. Errors are one line on stderr and exit status 2.
 """
 
 import argparse
@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from functools import lru_cache
 from types import NoneType, UnionType
 from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import yaml
 
 from jlora.errors import JloraError, ParameterError
 
@@ -84,7 +86,9 @@ def build_parser(cls: type, *, prog: str, accepted: Sequence[str] = ()) -> Parse
         argument_default=argparse.SUPPRESS,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=36, width=100),
     )
-    parser.add_argument("--config", metavar="FILE", help="TOML file with these options; flags win")
+    parser.add_argument(
+        "--config", metavar="FILE", help="TOML or YAML file with these options; flags win"
+    )
     hints = get_type_hints(cls)
     for field in dataclasses.fields(cls):
         kind = kind_of(hints[field.name])
@@ -116,37 +120,57 @@ def build_parser(cls: type, *, prog: str, accepted: Sequence[str] = ()) -> Parse
     return parser
 
 
-def _from_file(cls: type, path: str) -> dict[str, Any]:
-    """The options of a TOML file, checked against the fields' types."""
+def _read_table(path: str) -> dict[Any, Any]:
+    """The content of a TOML file, or of a YAML file by its suffix."""
+    kind = "YAML" if path.lower().endswith((".yaml", ".yml")) else "TOML"
     try:
         with open(path, "rb") as file:
-            table = tomllib.load(file)
+            if kind == "TOML":
+                return tomllib.load(file)
+            table = yaml.safe_load(file)
     except OSError as error:
         raise ParameterError(f"--config {path}: {error.strerror}", "config") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ParameterError(f"--config {path}: not TOML ({error})", "config") from None
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        why = " ".join(str(error).split())
+        raise ParameterError(f"--config {path}: not {kind} ({why})", "config") from None
+    if table is None:  # an empty file
+        return {}
+    if not isinstance(table, dict):
+        raise ParameterError(
+            f"--config {path}: keys with values are needed, got {table!r}", "config"
+        )
+    return table
+
+
+def _from_file(cls: type, path: str) -> dict[str, Any]:
+    """The options of a config file, checked against the fields' types."""
+    table = _read_table(path)
     hints = get_type_hints(cls)
     assert dataclasses.is_dataclass(cls)
     known = {field.name for field in dataclasses.fields(cls)}
     values: dict[str, Any] = {}
     for key, value in table.items():
-        name = key.replace("-", "_")
+        name = str(key).replace("-", "_")
         if name not in known:
             raise ParameterError(
-                f"--config {path}: unknown key {key!r}; known: {', '.join(sorted(known))}", key
+                f"--config {path}: unknown key {key!r}; known: {', '.join(sorted(known))}", name
             )
+        if name in values:
+            raise ParameterError(f"--config {path}: {name} is there twice", name)
         values[name] = _convert(kind_of(hints[name]), value, f"--config {path}: {key}")
     return values
 
 
 def _convert(kind: Kind, value: Any, where: str) -> Any:
-    """A TOML value as the field's type. Tables stand for NAME=VALUE or for JSON in a list of texts."""
+    """A value of a file as the field's type. Tables stand for NAME=VALUE or for JSON in a list of texts."""
     if kind.many:
         if isinstance(value, dict):
             value = [f"{name}={item}" for name, item in value.items()]
         if not isinstance(value, list):
             raise ParameterError(f"{where} must be a list, got {value!r}", where)
-        items = [json.dumps(item) if isinstance(item, dict) else item for item in value]
+        items = [
+            json.dumps(item, default=str) if isinstance(item, dict) else item for item in value
+        ]
         one = dataclasses.replace(kind, many=False)
         return tuple(_convert(one, item, where) for item in items)
     if kind.base is float and type(value) is int:

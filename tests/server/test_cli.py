@@ -104,8 +104,8 @@ def test_a_wrong_command_line_is_one_line(argv: list[str], words: str):
     assert words in refused(argv)
 
 
-def write(tmp_path: Path, text: str) -> list[str]:
-    file = tmp_path / "c.toml"
+def write(tmp_path: Path, text: str, name: str = "c.toml") -> list[str]:
+    file = tmp_path / name
     file.write_text(text)
     return ["--config", str(file)]
 
@@ -136,10 +136,58 @@ def test_lists_of_a_config_file_take_texts_and_tables(tmp_path: Path):
         ('dtype = "int4"', "int4"),
         ("port = ", "TOML"),
         ("[section]\nport = 1", "section"),
+        ("max-loras = 3\nmax_loras = 4", "twice"),
     ],
 )
 def test_a_wrong_config_file_is_one_line(tmp_path: Path, text: str, words: str):
     assert words in refused(write(tmp_path, text))
+
+
+@pytest.mark.parametrize("name", ["c.yaml", "c.YML"])
+def test_a_yaml_file_says_what_a_toml_file_says(tmp_path: Path, name: str):
+    toml = """
+        port = 1
+        max-loras = 3
+        gpu_memory_utilization = 1
+        enable_prefix_caching = false
+        served_model_name = ["a", "b"]
+        lora_modules = ["a=/a", {name = "b", path = "/b", pinned = true}]
+        """
+    yaml = """
+        port: 1
+        max-loras: 3  # vLLM's form
+        gpu_memory_utilization: 1
+        enable_prefix_caching: false
+        served_model_name: [a, b]
+        lora_modules:
+          - a=/a
+          - {name: b, path: /b, pinned: true}
+        """
+    got = parse(ServeOptions, write(tmp_path, yaml, name))
+    assert got == parse(ServeOptions, write(tmp_path, toml))
+    assert got != ServeOptions()
+    assert parse(ServeOptions, write(tmp_path, "# nothing\n", name)) == ServeOptions()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("prot: 1", "prot"),
+        ("port: '1'", "port"),
+        ("port: null", "port"),
+        ("port: 1.5", "port"),
+        ("lora_modules: a=/a", "list"),
+        ("dtype: int4", "int4"),
+        ("lora_modules: [{name: a, path: 2020-01-01, evil: 2020-01-01}]", "evil"),
+        ("port: [", "YAML"),
+        ("port: \x00", "YAML"),
+        ("[port, 1]", "keys with values"),
+        ("1: 2", "1"),
+        ("!!python/object/apply:os.getcwd []", "YAML"),
+    ],
+)
+def test_a_wrong_yaml_file_is_one_line(tmp_path: Path, text: str, words: str):
+    assert words in refused(write(tmp_path, text, "c.yaml"))
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
