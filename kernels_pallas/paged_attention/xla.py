@@ -28,20 +28,20 @@ def paged_attention(
     block: int,
     scale: float,
     window: int | None,
+    softcap: float | None = None,
 ) -> Float[Array, "T N H"]:
     """See `kernels_pallas.paged_attention`."""
     tokens, heads, width = q.shape
     out = []
     if decode:
         rows = q[:decode].reshape(decode, 1, heads, width)
-        out.append(
-            _rows(rows, keys, values, tables[:decode], positions[:decode, None], scale, window)
-        )
+        at = positions[:decode, None]
+        out.append(_rows(rows, keys, values, tables[:decode], at, scale, window, softcap))
     if tokens > decode:
         blocks = (tokens - decode) // block
         rows = q[decode:].reshape(blocks, block, heads, width)
         at = positions[decode:].reshape(blocks, block)
-        out.append(_rows(rows, keys, values, tables[decode:], at, scale, window))
+        out.append(_rows(rows, keys, values, tables[decode:], at, scale, window, softcap))
     return jnp.concatenate([part.reshape(-1, heads, width) for part in out])
 
 
@@ -53,6 +53,7 @@ def _rows(
     positions: Int[Array, "b t"],
     scale: float,
     window: int | None,
+    softcap: float | None,
 ) -> Float[Array, "b t N H"]:
     """Attention of t query tokens in each of b rows; a row's tokens share its page table."""
     b, t, heads, width = q.shape
@@ -76,12 +77,14 @@ def _rows(
         ids = lax.dynamic_slice_in_dim(tables, i * per_chunk, per_chunk, axis=1)
         k, v = keys[ids], values[ids]  # [b, pages, K, page, H]
         score = dot("bkqh,bpkch->bkqpc", grouped, k)
-        score = score.reshape(*score.shape[:3], chunk)
+        score = score.reshape(*score.shape[:3], chunk) * scale
+        if softcap is not None:
+            score = softcap * jnp.tanh(score / softcap)
         at = i * chunk + jnp.arange(chunk)
         seen = at <= query_at
         if window is not None:
             seen &= at > query_at - window
-        score = jnp.where(seen, score * scale, MASKED)
+        score = jnp.where(seen, score, MASKED)
         new_peak = jnp.maximum(peak, score.max(-1, keepdims=True))
         weight = jnp.exp(score - new_peak) * seen
         fade = jnp.exp(peak - new_peak)

@@ -1,0 +1,82 @@
+"""The public function: one of the implementations.
+
+"xla" runs everywhere; "hopper" is made of Mosaic GPU kernels for bfloat16 and float16 on an H100 or H200.
+A named implementation never falls back: what it cannot do is a NotImplementedError. None picks
+the best for the default backend, and says once in the log why it is no kernel on a GPU.
+"""
+
+import logging
+from functools import cache
+
+import jax
+from jaxtyping import Array, Float, Int
+
+from kernels_pallas.paged_attention import xla
+
+IMPLEMENTATIONS = ("xla", "hopper")
+
+_log = logging.getLogger(__name__)
+
+
+def paged_attention(
+    q: Float[Array, "T N H"],
+    keys: Float[Array, "P K page H"],
+    values: Float[Array, "P K page H"],
+    tables: Int[Array, "B W"],
+    positions: Int[Array, "T"],
+    *,
+    decode: int,
+    block: int,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    implementation: str | None = None,
+) -> Float[Array, "T N H"]:
+    """Attention as the package's Semantics say. K/V of the step's own tokens are in the pool already.
+
+    Args:
+        decode: how many of the T tokens are decode rows; the rest are prefill blocks.
+        block: tokens in a prefill block; `T - decode` is a multiple of it.
+        scale: factor on the scores, usually H ** -0.5.
+        window: sliding window in tokens, the query's own included; None: full attention.
+        softcap: scores are squeezed into -softcap..softcap by tanh; None: they are not.
+        implementation: "xla", "hopper" or None (chosen by the platform).
+
+    Raises:
+        NotImplementedError: for an implementation that does not exist, or cannot do this.
+    """
+    if implementation not in (None, *IMPLEMENTATIONS):
+        raise NotImplementedError(
+            f"paged_attention has no implementation {implementation!r}; there are {IMPLEMENTATIONS}"
+        )
+    args = (q, keys, values, tables, positions)
+    if implementation == "hopper" or (implementation is None and _is_hopper()):
+        from kernels_pallas.paged_attention import hopper  # imports Mosaic GPU: only where used
+
+        try:
+            return hopper.paged_attention(
+                *args, decode=decode, block=block, scale=scale, window=window, softcap=softcap
+            )
+        except NotImplementedError as reason:
+            if implementation is not None:
+                raise
+            _say_once(f"paged_attention: no kernel, XLA instead ({reason})")
+    return xla.paged_attention(
+        *args, decode=decode, block=block, scale=scale, window=window, softcap=softcap
+    )
+
+
+@cache
+def _is_hopper() -> bool:
+    if jax.default_backend() != "gpu":
+        return False
+    device = jax.devices()[0]
+    if getattr(device, "compute_capability", "") == "9.0":
+        return True
+    _say_once(f"paged_attention: no kernel for {device.device_kind}, XLA instead")
+    return False
+
+
+@cache
+def _say_once(message: str) -> None:
+    _log.warning(message)

@@ -1,0 +1,118 @@
+"""How a step's decode rows are dealt to the workers of the Hopper decode kernel.
+
+All tiles of all rows and kv heads lie in one line, rows one after another, within a row the kv
+heads, within a kv head its tiles of 64 positions. Each worker takes an equally long stretch of the
+line, so work is balanced by true lengths and at most two of a worker's rows are shared with others.
+The plan depends on positions only: layers share it, XLA computes it once a step.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+TILE = 64
+"""K/V positions of a tile."""
+
+LEAST = 3
+"""Tiles that a worker takes at least: summing pieces of a row costs about as much."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Span:
+    """Which K/V positions a query sees. Works on scalars in the kernel and on arrays outside."""
+
+    window: int | None
+
+    def lowest(self, at: jax.Array) -> jax.Array:
+        """The first position seen from `at`."""
+        if self.window is None:
+            return jnp.zeros_like(at)
+        return jnp.maximum(at - (self.window - 1), 0)
+
+    def first(self, at: jax.Array) -> jax.Array:
+        """The first tile seen."""
+        return self.lowest(at) // TILE
+
+    def tiles(self, at: jax.Array) -> jax.Array:
+        """How many tiles are seen; none from padding (-1)."""
+        return jnp.where(at < 0, 0, at // TILE - self.first(at) + 1)
+
+    def seen(self, key: jax.Array, at: jax.Array) -> jax.Array:
+        """Whether position `key` of a tile that is seen in part is seen itself."""
+        seen = key <= at
+        return seen if self.window is None else seen & (key > at - self.window)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Static facts of a plan."""
+
+    span: Span
+    kv_heads: int
+    page: int
+    workers: int
+    stages: int
+
+    @property
+    def loads(self) -> int:
+        """Pages of a tile."""
+        return max(1, TILE // self.page)
+
+    @property
+    def entry(self) -> int:
+        """Numbers that say where a tile is: row, kv head, tile, the query's position, page ids."""
+        return 4 + self.loads
+
+    def pages(self, tile: jax.Array, at: jax.Array) -> list[jax.Array]:
+        """Entries of a row's page table that hold tile number `tile` of those that `at` sees."""
+        first = self.span.first(at) + tile
+        if self.page >= TILE:
+            return [first // (self.page // TILE)]
+        # A page that the row does not see may be anybody's: its nearest one comes again, from L2.
+        lowest, highest = self.span.lowest(at) // self.page, at // self.page
+        return [jnp.clip(first * self.loads + j, lowest, highest) for j in range(self.loads)]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What the kernel reads of it."""
+
+    work: Int[Array, "workers entries"]
+    """How many tiles each worker takes, how many the longest stretch has, and an entry (see
+    `Layout.entry`) for each of its first tiles, so that loads can start without looking further."""
+    rows: Int[Array, "2 B"]
+    """Tiles (of one kv head) of all rows before, and the next row that is no padding."""
+    tickets: Int[Array, "B K"]
+    """Zeros before and after: how many pieces of a split row are done."""
+
+
+def plan(positions: Int[Array, "B"], tables: Int[Array, "B W"], layout: Layout) -> Plan:
+    """The plan of rows whose queries are at `positions` (-1: padding)."""
+    kv_heads, workers = layout.kv_heads, layout.workers
+    n = layout.span.tiles(positions)
+    index = jnp.arange(positions.shape[0])
+    before = jnp.where(index[:, None] > index, n, 0).sum(1)
+    follows = (index[:, None] < index) & (n > 0)
+    following = jnp.where(follows, index, positions.shape[0] - 1).min(1)
+    per = jnp.maximum(-(-kv_heads * n.sum() // workers), LEAST)
+    start = jnp.arange(workers) * per
+    count = jnp.clip(kv_heads * n.sum() - start, 0, per)
+    line = start[:, None] + jnp.arange(layout.stages + 1)
+    # Rows that end before a tile come before the tile's row.
+    row = (kv_heads * (before + n) <= line[:, :, None]).sum(2)
+    row = jnp.minimum(row, positions.shape[0] - 1)
+    offset, length, at = line - kv_heads * before[row], jnp.maximum(n, 1)[row], positions[row]
+    head, tile = jnp.minimum(offset // length, kv_heads - 1), offset % length
+    pages = [tables[row, jnp.maximum(i, 0)] for i in layout.pages(tile, at)]
+    entries = jnp.stack([row, head, tile, at, *pages], 2).reshape(workers, -1)
+    work = jnp.concatenate([count[:, None], jnp.full((workers, 1), per), entries], 1)
+    # Zeros that XLA cannot fold into a constant: the kernel writes them (and puts them back).
+    tickets = jnp.broadcast_to(jnp.minimum(n, 0)[:, None], (positions.shape[0], kv_heads))
+    return Plan(
+        work=work.astype(jnp.int32),
+        rows=jnp.stack([before, following]).astype(jnp.int32),
+        tickets=tickets.astype(jnp.int32),
+    )
