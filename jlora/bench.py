@@ -20,7 +20,7 @@ from jlora.benchmark.report import print_table, provenance
 from jlora.benchmark.rounds import Measurement, Schedule, measure, summarise
 from jlora.benchmark.targets import EngineTarget, HttpTarget
 from jlora.cli import fail, parse
-from jlora.console import ProgressBars, prepare_devices, setup_logging
+from jlora.console import ProgressBars, prepare_devices, setup_logging, undisturbed
 from jlora.demo.model import demo_model_folder
 from jlora.errors import JloraError
 from jlora.llm import LLM
@@ -48,7 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = 130
         if not done:
             return status
-    report(options, done, facts, given, complete=status == 0)
+    with undisturbed():
+        report(options, done, facts, given, complete=status == 0)
     return status
 
 
@@ -76,7 +77,8 @@ def in_process(options: BenchOptions, done: list[Measurement], facts: dict[str, 
             made = write_random_adapters(root, cfg, options.adapter_ranks, seed=options.seed)
             modules = (*options.lora_modules, *(f"{name}={path}" for name, path in made.items()))
             options = replace(options, lora_modules=modules)
-        llm = stack.enter_context(LLM.load(options, progress=bars))
+        llm = LLM.load(options, progress=bars)
+        stack.callback(undisturbed()(llm.close))
         names = [llm.names[0], *(str(entry["name"]) for entry in llm.store.adapters())]
         schedule, workload = options.schedule(names), options.workload(llm.parts.vocab)
         facts |= {"target": "in process", "models": names, "device": device()}

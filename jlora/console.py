@@ -1,11 +1,15 @@
-"""What the command line tools share: devices before jax is imported, logs, progress bars, the
-memory plan.
+"""What the command line tools share: devices before jax is imported, logs, progress bars, the end
+after Ctrl-C, the memory plan.
 """
 
 import importlib.metadata
 import logging
 import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import (
@@ -64,6 +68,20 @@ class ProgressBars:
             self._progress.start()
             self._tasks[what] = self._progress.add_task(what, total=total)
         self._progress.update(self._tasks[what], completed=done, total=total)
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Ctrl-C is ignored meanwhile. For the end of an engine: a second Ctrl-C would leave its thread
+    running into the end of the process, where jax aborts."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals reach the main thread only
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def version() -> str:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from jlora.cli import fail, parse
-from jlora.console import ProgressBars, prepare_devices, setup_logging
+from jlora.console import ProgressBars, prepare_devices, setup_logging, undisturbed
 from jlora.engine.params import SamplingParams
 from jlora.errors import JloraError, ParameterError
 from jlora.llm import LLM, template_of
@@ -64,8 +64,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         with ProgressBars() as progress:
             llm = LLM.load(options, progress=progress)
-        with llm:
+        try:
             problem = answer(llm, options, text, params)
+        finally:
+            with undisturbed():
+                llm.close()
     except JloraError as error:
         fail(PROG, error)
     except KeyboardInterrupt:

@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import os
+import signal
 import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -19,6 +21,7 @@ from jlora.benchmark.options import BenchOptions
 from jlora.benchmark.rounds import Measurement, Schedule, measure, summarise
 from jlora.benchmark.targets import HttpTarget
 from jlora.errors import ParameterError
+from jlora.llm import LLM
 from jlora.models.config import ModelConfig
 from jlora.tokenizer import Tokenizer
 from tests import tiny
@@ -280,6 +283,42 @@ def test_in_process_with_random_adapters(
     assert document["models"][1:] == ["random-0", "random-1", "random-2"]
     assert document["device"]["platform"] == "cpu"
     assert list(tmp_path.iterdir()) == []  # the adapters are gone
+
+
+@pytest.mark.usefixtures("devices_are_ready")
+@pytest.mark.parametrize("measured", [0, 1])
+def test_a_second_ctrl_c_does_not_stop_the_engines_end_half_way(
+    measured: int,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """A thread that still runs jax when the process ends makes it abort."""
+    tiny.make_tokenizer(tmp_path)
+    llm, real = fake_llm(Tokenizer.from_folder(tmp_path)), bench.measure
+    shutdown, ended = llm.engine.shutdown, []
+
+    async def cut(target: Any, workload: Any, schedule: Any, done: list, on: Any) -> None:
+        first = Schedule(cases={"base": ["tiny"]}, concurrency=[1], num_prompts=1, repeats=1)
+        if measured:
+            await real(target, workload, first, done, on)
+        os.kill(os.getpid(), signal.SIGINT)
+        await asyncio.sleep(10)
+
+    def slow_shutdown(timeout: float) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        shutdown(timeout)
+        ended.append(timeout)
+
+    monkeypatch.setattr(bench, "measure", cut)
+    monkeypatch.setattr(llm.engine, "shutdown", slow_shutdown)
+    monkeypatch.setattr(LLM, "load", lambda options, progress=None: llm)
+    handler = signal.getsignal(signal.SIGINT)
+    assert bench.main(["--random-output-len", "4", "--vocab-size", "99"]) == 130
+    assert ended
+    assert signal.getsignal(signal.SIGINT) is handler
+    out = capsys.readouterr().out.splitlines()
+    assert len(json.loads(out[-1])["results"]) == 1 if measured else not out
 
 
 @pytest.mark.usefixtures("devices_are_ready")
