@@ -13,7 +13,7 @@ from typing import Any
 
 import tokenizers
 
-from jlora.chat_template import render
+from jlora.chat_template import TemplateProcess, render
 from jlora.errors import ModelError, ParameterError
 
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token")
@@ -75,6 +75,7 @@ class Tokenizer:
         self._added = backend.get_added_tokens_decoder()
         self.special_ids = frozenset(i for i, token in self._added.items() if token.special)
         self._bytes: dict[int, bytes] = {}
+        self._apart = TemplateProcess()
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> "Tokenizer":
@@ -160,6 +161,8 @@ class Tokenizer:
         variables: Mapping[str, Any] | None = None,
     ) -> str:
         """The prompt text of a conversation. `template` (an adapter's own) wins over the checkpoint's."""
+        # An adapter's folder may come from anybody, the checkpoint's template is the operator's own.
+        draw = self._apart.render if template else render
         template = template or self.chat_templates.get("default")
         if template is None:
             raise ParameterError(
@@ -179,7 +182,7 @@ class Tokenizer:
             "messages": messages,
             "add_generation_prompt": add_generation_prompt,
         }
-        text = render(template, context)
+        text = draw(template, context)
         if continue_final_message:
             final = str(messages[-1].get("content") or "").strip()
             at = text.rfind(final)
