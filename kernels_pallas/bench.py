@@ -1,4 +1,5 @@
-"""`python -m kernels_pallas.bench`: LoRA on every linear layer of a Llama-3.1-8B against none.
+"""`python -m kernels_pallas.bench`: LoRA on every linear layer of a Llama-3.1-8B against none
+(`--attention`: paged attention, see bench_attention.py).
 
 Times a jitted chain of layers (cold weights, one CUDA graph): the best that XLA makes of it
 WITHOUT LoRA, then the same chain with LoRA. Last line: one JSON document.
@@ -19,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels_pallas import testing
+from kernels_pallas import bench_attention, testing
 from kernels_pallas.lora_matmul import PAGE, RankPool, lora_matmul
 from kernels_pallas.lora_matmul.shapes import LLAMA_8B, Shapes
 
@@ -145,7 +146,15 @@ def main() -> None:
     parser.add_argument("--mixed", action="store_true", help="add distinct adapters of ranks 8..64")
     parser.add_argument("--resident", type=int, default=32, help="adapters drawn from")
     parser.add_argument("--implementation", default=None)
+    parser.add_argument("--attention", action="store_true", help="attention cases, no linears")
+    parser.add_argument("--pages", type=int, nargs="+", default=[16], help="tokens of a K/V page")
+    parser.add_argument("--against", nargs="*", default=["xla", "cudnn"], help="beside the kernel")
     args = parser.parse_args()
+    if args.attention:
+        finish(
+            [r for page in args.pages for r in bench_attention.run(median_ms, page, args.against)]
+        )
+        return
     batches = {
         rows: [testing.pattern(name, rows, resident=args.resident) for name in args.patterns]
         + ([testing.pattern("distinct", rows, rank=None)] if args.mixed else [])
@@ -156,6 +165,11 @@ def main() -> None:
     results = []
     for some in batches.values():
         results += run(model, some, implementation=args.implementation)
+    finish(results)
+
+
+def finish(results: list[dict[str, Any]]) -> None:
+    """Print the last line: one JSON document."""
     here = os.path.dirname(os.path.abspath(__file__))
     git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True)
     print(

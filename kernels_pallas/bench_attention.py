@@ -29,6 +29,14 @@ DECODE: dict[str, list[int]] = {
 }
 
 
+PREFILL: dict[str, list[tuple[int, int]]] = {
+    "8k": [(0, 8192)],
+    "2k after 6k": [(6144, 2048)],
+    "16 x 128": [(0, 128)] * 16,
+}
+"""Prompts of (positions before, tokens)."""
+
+
 def chain(step: cases.Step, layers: int, attend: Callable[..., jax.Array]) -> Callable[[], Any]:
     """A call that runs `layers` attentions in a row, each over a pool of its own."""
     pools = [(step.keys, step.values)]
@@ -81,3 +89,76 @@ def run_decode(
             print("{attention:12s} page {page:3d} {implementation:8s} {us:8.1f} us  {GB/s:5d} GB/s  "
                   "{share:.3f} of read bandwidth".format(**results[-1]), flush=True)  # fmt: skip
     return results
+
+
+def prefill_flops(prompts: list[tuple[int, int]], shape: cases.Heads) -> float:
+    """Multiplications and additions that causal attention needs."""
+    pairs = sum(n * first + n * (n + 1) / 2 for first, n in prompts)
+    return 4 * pairs * shape.heads * shape.width
+
+
+def cudnn(step: cases.Step, prompts: list[tuple[int, int]]) -> Callable[..., jax.Array] | None:
+    """XLA's call of cuDNN on the same number of tokens, contiguous K/V; None where it cannot."""
+    if len({*prompts}) > 1 or prompts[0][0]:
+        return None
+    batch, tokens = len(prompts), prompts[0][1]
+
+    def attend(q: jax.Array, keys: jax.Array, values: jax.Array, *_: jax.Array) -> jax.Array:
+        kv_heads, width = keys.shape[1], keys.shape[3]
+        size = batch * tokens * kv_heads * width
+        k, v = (
+            x.reshape(-1)[:size].reshape(batch, tokens, kv_heads, width) for x in (keys, values)
+        )
+        q4 = q.reshape(batch, tokens, *q.shape[1:])
+        out = jax.nn.dot_product_attention(q4, k, v, is_causal=True, implementation="cudnn")
+        return out.reshape(q.shape)
+
+    return attend
+
+
+def run_prefill(
+    median_ms: Callable[..., float],
+    *,
+    names: list[str],
+    implementations: list[str],
+    page: int,
+    shape: cases.Heads,
+) -> list[dict[str, Any]]:
+    """One result a case and implementation ("cudnn" among them)."""
+    results = []
+    for name in names:
+        prompts = PREFILL[name]
+        step = cases.step([], prompts, shape=shape, page=page)
+        for implementation in implementations:
+            attend: Callable[..., jax.Array] | None = functools.partial(
+                paged_attention, decode=0, block=64, scale=shape.width**-0.5,
+                implementation=implementation,
+            )  # fmt: skip
+            if implementation == "cudnn":
+                attend = cudnn(step, prompts)
+            if attend is None:
+                continue
+            us = median_ms(chain(step, 4, attend)) * 1e3 / 4
+            results.append(
+                {
+                    "attention": name, "implementation": implementation, "page": page,
+                    "us": round(us, 1), "TFLOP/s": round(prefill_flops(prompts, shape) / us / 1e6),
+                }
+            )  # fmt: skip
+            print("{attention:12s} page {page:3d} {implementation:8s} {us:8.1f} us  "
+                  "{TFLOP/s:5d} TFLOP/s".format(**results[-1]), flush=True)  # fmt: skip
+    return results
+
+
+def run(median_ms: Callable[..., float], page: int, against: list[str]) -> list[dict[str, Any]]:
+    """All cases of Llama-3.1-8B's heads. `against`: "xla" and "cudnn" (prefill only) or less."""
+    shape = cases.Heads()
+    plain = [name for name in against if name != "cudnn"]
+    options: dict[str, Any] = {"page": page, "shape": shape}
+    decode = run_decode(
+        median_ms, names=list(DECODE), implementations=["hopper", *plain], **options
+    )
+    prefill = run_prefill(
+        median_ms, names=list(PREFILL), implementations=["hopper", *against], **options
+    )
+    return decode + prefill

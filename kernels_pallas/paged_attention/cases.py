@@ -37,7 +37,7 @@ class Step:
 
 def step(
     decode: list[int],
-    blocks: list[tuple[int, int]] | None = None,
+    prompts: list[tuple[int, int]] | None = None,
     *,
     shape: Heads,
     page: int = 16,
@@ -47,24 +47,28 @@ def step(
     poison: bool = False,
     seed: int = 0,
 ) -> Step:
-    """Decode rows with contexts of the given lengths (0: padding) and prefill blocks of
-    (positions before, tokens). With `poison` every page that no row sees is NaN, and K beyond
-    a row's end too. Page 0 is nobody's."""
-    blocks = blocks or []
+    """Decode rows with contexts of the given lengths (0: padding) and prompts of (positions before,
+    tokens), each as many prefill blocks as it takes (tokens 0: a block of padding). With `poison`
+    page 0, which is nobody's, is NaN, and so is K beyond a row's end."""
+    prompts = prompts or []
     rng = np.random.default_rng(seed)
-    ends = decode + [first + tokens if tokens else 0 for first, tokens in blocks]
+    ends = decode + [first + tokens if tokens else 0 for first, tokens in prompts]
     needs = [-(-end // page) for end in ends]
     table = max(1, *needs) if table is None else table
     total = sum(needs) + 1
     free = iter(rng.permutation(total - 1) + 1)
-    tables = np.zeros((len(ends), table), np.int32)
+    owned = np.zeros((len(ends), table), np.int32)
     for row, need in enumerate(needs):
-        tables[row, :need] = [next(free) for _ in range(need)]
+        owned[row, :need] = [next(free) for _ in range(need)]
     positions = [np.array([end - 1 for end in decode], np.int32)]
-    for first, tokens in blocks:
-        at = np.full(block, -1, np.int32)
+    rows = list(range(len(decode)))
+    for i, (first, tokens) in enumerate(prompts):
+        blocks = max(1, -(-tokens // block))
+        at = np.full(blocks * block, -1, np.int32)
         at[:tokens] = first + np.arange(tokens)
         positions.append(at)
+        rows += [len(decode) + i] * blocks
+    tables = owned[rows]
     at = np.concatenate(positions)
     key = jax.random.key(seed)
 
@@ -78,7 +82,7 @@ def step(
         keys, values = keys.at[0].set(jnp.nan), values.at[0].set(jnp.nan)
         for row, end in enumerate(ends):
             if end % page:
-                keys = keys.at[int(tables[row, end // page]), :, end % page :].set(jnp.nan)
+                keys = keys.at[int(owned[row, end // page]), :, end % page :].set(jnp.nan)
     return Step(
         q=q, keys=keys, values=values, tables=jnp.asarray(tables), positions=jnp.asarray(at),
         decode=len(decode), block=block,

@@ -18,11 +18,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.lora_matmul.hopper_sync import interpreter, load
+from kernels_pallas.paged_attention.hopper_math import (
+    LOG2E,
+    capped,
+    multiply,
+    multiply_add,
+    row_layout,
+)
 from kernels_pallas.paged_attention.hopper_plan import TILE, Layout
 from kernels_pallas.paged_attention.hopper_registers import store_rows, take_ticket
-
-ACC = plgpu.ACC  # pyright: ignore[reportPrivateImportUsage]
-LOG2E = 1.4426950408889634
 
 Cursor = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 """Row, kv head, tile of the row's line, position of the row's query."""
@@ -93,7 +97,7 @@ class Decode:
 
     def _launch(self, phase: str, out_type: tuple[Any, ...], args: tuple[Any, ...]) -> Any:
         swizzled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-        loads = self.layout.loads
+        loads = self.layout.span.loads(self.layout.page)
         scratch = [
             plgpu.SMEM(
                 (self.layout.stages * (self.top + TILE), self.width),
@@ -153,7 +157,7 @@ class Decode:
     def advance(self, r: Refs, c: Cursor) -> Cursor:
         """The next tile of the line."""
         row, head, tile, at = c
-        ends = tile + 1 == self.layout.span.tiles(at)
+        ends = tile + 1 == self.layout.span.after(at)
         head = head + ends.astype(jnp.int32)
         over = head == self.kv_heads
 
@@ -193,36 +197,37 @@ class Decode:
     def walk(self, r: Refs, worker: jax.Array) -> None:
         """A worker's stretch of the line."""
         layout, count = self.layout, r.work[worker, 0]
-        queue = []
-        for i in range(layout.stages + 1):
-            first = 2 + i * layout.entry
-            row, head, tile, at, *ids = (r.work[worker, first + j] for j in range(layout.entry))
-            queue.append((row, head, tile, at))
-            if i < layout.stages:
-                pl.when(i < count)(partial(self.issue, r, queue[i], tuple(ids), i))
+        first = [r.work[worker, 2 + i] for i in range((layout.stages + 1) * layout.entry)]
+        entries = [first[i * layout.entry :] for i in range(layout.stages + 1)]
+        queue: list[Any] = [tuple(entry[:4]) for entry in entries]
+        for i in range(layout.stages):
+            ids = tuple(entries[i][4 : layout.entry])
+            pl.when(i < count)(partial(self.issue, r, queue[i], ids, i))
         self.clear_padding(r, worker)
 
         def step(i: jax.Array, carry: Any) -> Any:
-            queue, peak, total, acc = carry
-            slot = lax.rem(i, jnp.int32(self.layout.stages))
+            queue, slot, peak, total, acc = carry
             (row, head, tile, at), following = queue[0], queue[-1]
             ids = self.page_ids(r, following)  # asked for early, used at the end
+            base = slot * (self.top + TILE)
+            k_tile = r.ks.at[pl.ds(base + self.top, TILE)]
             plgpu.barrier_wait(r.full_k.at[slot])
-            s = self.scores(r, slot)
+            s = multiply((64, TILE), r.ks.at[pl.ds(base, 64)], k_tile.transpose((1, 0)))
+            s, factor = capped(s, self.scale, self.softcap)
             column = plgpu.broadcasted_iota(jnp.int32, s.shape, 1, layout=plgpu.Layout.WGMMA)
-            seen = self.layout.span.seen(column + (self.layout.span.first(at) + tile) * TILE, at)
-            s = jnp.where(seen, s, -jnp.inf)
+            last = at - (layout.span.first(at) + tile) * TILE
+            s = jnp.where(layout.span.seen(column, last), s, -jnp.inf)
             before = peak + jnp.where(tile == 0, -jnp.inf, 0.0)  # a row begins: the carry fades
-            peak = jnp.maximum(before, s.max(axis=1))
+            peak = jnp.maximum(before, s.max(axis=1) * factor)
             fade = jnp.exp2(before - peak)
-            p = jnp.exp2(s - lax.broadcast_in_dim(peak, s.shape, [0]))
+            p = jnp.exp2(s * factor - lax.broadcast_in_dim(peak, s.shape, [0]))
             total = total * fade + p.sum(axis=1)
             acc = acc * lax.broadcast_in_dim(fade, acc.shape, [0])
             plgpu.barrier_wait(r.full_v.at[slot])
 
             acc = multiply_add(acc, p.astype(self.dtype), r.vs.at[slot], self.interpret)
             pl.when(i + self.layout.stages < count)(partial(self.issue, r, following, ids, slot))
-            ends, begun = tile + 1 == self.layout.span.tiles(at), tile <= i
+            ends, begun = tile + 1 == layout.span.after(at), tile <= i
             whole = ends & begun  # of the row's line, this worker had the first and the last tile
 
             @pl.when(whole)
@@ -244,25 +249,18 @@ class Decode:
                     ticket = take_ticket(r.tickets.at[row, pl.ds(head, 1)], r.flag, last - first)
                     pl.when(ticket == last - first)(partial(self.sum_pieces, r, row, head))
 
-            return (*queue[1:], self.advance(r, following)), peak, total, acc
+            slot = jnp.where(slot == layout.stages - 1, 0, slot + 1)
+            return (*queue[1:], self.advance(r, following)), slot, peak, total, acc
 
         zeros = jnp.zeros((64,), jnp.float32)
         zeros = plgpu.layout_cast(zeros, plgpu.Layout.WGMMA.reduce(1))
         acc = jnp.zeros((64, self.width), jnp.float32)
         acc = plgpu.layout_cast(acc, plgpu.Layout.WGMMA)
-        lax.fori_loop(0, count, step, (tuple(queue), zeros, zeros, acc))
+        lax.fori_loop(0, count, step, (tuple(queue), jnp.int32(0), zeros, zeros, acc))
 
     def above(self, row: jax.Array, head: jax.Array) -> jax.Array:
         """Rows of other queries above those of this row and kv head."""
         return lax.rem(row * self.heads + head * self.group, jnp.int32(8))
-
-    def scores(self, r: Refs, slot: jax.Array) -> jax.Array:
-        """Scores of the queries of a slot against its K tile, in units of log2."""
-        base = slot * (self.top + TILE)
-
-        k_tile = r.ks.at[pl.ds(base + self.top, TILE)]
-        s = multiply((64, TILE), r.ks.at[pl.ds(base, 64)], k_tile.transpose((1, 0)))
-        return in_log2(s, self.scale, self.softcap)
 
     def clear_padding(self, r: Refs, worker: jax.Array) -> None:
         """Zeros for rows that are padding."""
@@ -274,14 +272,9 @@ class Decode:
             def _() -> None:
                 @pl.when(r.positions[index] < 0)
                 def _() -> None:
-                    layout = plgpu.Layout.WG_STRIDED((self.top, self.width), vec_size=4)
-                    zeros = jnp.zeros((self.top, self.width), self.dtype)
-                    r.out_s[...] = plgpu.layout_cast(zeros, layout)
-                    plgpu.commit_smem()
-                    for head in range(self.kv_heads):
-                        mine = r.out.at[index, pl.ds(head * self.group, self.group)]
-                        plgpu.copy_smem_to_gmem(r.out_s.at[pl.ds(0, self.group)], mine)
-                    plgpu.wait_smem_to_gmem(0)
+                    zeros = jnp.zeros((self.heads, self.width), self.dtype)
+                    layout = row_layout(self.heads, self.width)
+                    r.out.at[index][...] = plgpu.layout_cast(zeros, layout)
 
             return carry
 
@@ -324,30 +317,3 @@ class Decode:
 def top_rows(group: int) -> int:
     """Rows of whole eights that hold any `group` queries in a row."""
     return -(-(group + 8 - math.gcd(group, 8)) // 8) * 8
-
-
-def multiply(shape: tuple[int, int], a: Any, b: Any) -> jax.Array:
-    """a @ b on the tensor cores."""
-
-    def run(acc: Any) -> jax.Array:
-        plgpu.wgmma(acc, a, b)
-        return acc[...]
-
-    return pl.run_scoped(run, ACC(shape, jnp.float32))
-
-
-def multiply_add(acc: jax.Array, a: jax.Array, b: Any, interpret: bool) -> jax.Array:
-    """acc + a @ b on the tensor cores, a in registers."""
-    if interpret:  # has accumulators that begin at zero, and a in shared memory only
-        return acc + jnp.dot(a, b[...], preferred_element_type=jnp.float32)
-    added: Any = pl.run_state(lambda acc: plgpu.wgmma(acc, a, b))(ACC.init(acc))
-    return added
-
-
-def in_log2(s: jax.Array, scale: float, softcap: float | None) -> jax.Array:
-    """Scaled and capped scores in units of log2."""
-    if softcap is None:
-        return s * (scale * LOG2E)
-    # tanh(x) = 1 - 2 / (e^2x + 1): the GPU's own tanh has 11 bits only
-    turned = jnp.exp2(s * (2 * scale / softcap * LOG2E))
-    return (1 - 2 / (turned + 1)) * (softcap * LOG2E)

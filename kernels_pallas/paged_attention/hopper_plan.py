@@ -7,6 +7,7 @@ The plan depends on positions only: layers share it, XLA computes it once a step
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,11 +20,17 @@ LEAST = 3
 """Tiles that a worker takes at least: summing pieces of a row costs about as much."""
 
 
+def quotient(x: jax.Array, by: int) -> jax.Array:
+    """x // by, as a shift where that does: kernels have no time for divisions."""
+    return x >> (by.bit_length() - 1) if by.bit_count() == 1 else x // by
+
+
 @dataclasses.dataclass(frozen=True)
 class Span:
     """Which K/V positions a query sees. Works on scalars in the kernel and on arrays outside."""
 
     window: int | None
+    tile: int = TILE
 
     def lowest(self, at: jax.Array) -> jax.Array:
         """The first position seen from `at`."""
@@ -33,16 +40,36 @@ class Span:
 
     def first(self, at: jax.Array) -> jax.Array:
         """The first tile seen."""
-        return self.lowest(at) // TILE
+        return quotient(self.lowest(at), self.tile)
 
     def tiles(self, at: jax.Array) -> jax.Array:
         """How many tiles are seen; none from padding (-1)."""
-        return jnp.where(at < 0, 0, at // TILE - self.first(at) + 1)
+        return jnp.where(at < 0, 0, self.after(at))
+
+    def after(self, at: jax.Array) -> jax.Array:
+        """How many tiles are seen from a position that is no padding."""
+        return quotient(at, self.tile) - self.first(at) + 1
 
     def seen(self, key: jax.Array, at: jax.Array) -> jax.Array:
         """Whether position `key` of a tile that is seen in part is seen itself."""
         seen = key <= at
         return seen if self.window is None else seen & (key > at - self.window)
+
+    def loads(self, page: int) -> int:
+        """Pages of a tile."""
+        return max(1, self.tile // page)
+
+    def pages(self, number: jax.Array, page: int, least: jax.Array, most: jax.Array) -> list[Any]:
+        """Entries of a page table that hold tile `number` (counted from position 0), where
+        positions `least` to `most` are seen. A page that is not seen may be anybody's, so its
+        nearest one that is comes again, from L2."""
+        if page >= self.tile:
+            return [quotient(number, page // self.tile)]
+        loads = self.loads(page)
+        places = [jnp.minimum(number * loads + j, quotient(most, page)) for j in range(loads)]
+        if self.window is None:
+            return places
+        return [jnp.maximum(place, quotient(least, page)) for place in places]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,23 +83,14 @@ class Layout:
     stages: int
 
     @property
-    def loads(self) -> int:
-        """Pages of a tile."""
-        return max(1, TILE // self.page)
-
-    @property
     def entry(self) -> int:
         """Numbers that say where a tile is: row, kv head, tile, the query's position, page ids."""
-        return 4 + self.loads
+        return 4 + self.span.loads(self.page)
 
     def pages(self, tile: jax.Array, at: jax.Array) -> list[jax.Array]:
         """Entries of a row's page table that hold tile number `tile` of those that `at` sees."""
-        first = self.span.first(at) + tile
-        if self.page >= TILE:
-            return [first // (self.page // TILE)]
-        # A page that the row does not see may be anybody's: its nearest one comes again, from L2.
-        lowest, highest = self.span.lowest(at) // self.page, at // self.page
-        return [jnp.clip(first * self.loads + j, lowest, highest) for j in range(self.loads)]
+        number = self.span.first(at) + tile
+        return self.span.pages(number, self.page, self.span.lowest(at), at)
 
 
 @jax.tree_util.register_dataclass

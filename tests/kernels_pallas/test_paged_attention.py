@@ -1,10 +1,12 @@
 """Paged attention against torch's scaled_dot_product_attention on each sequence's contiguous K/V."""
 
+import types
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas.paged_attention import paged_attention
+from kernels_pallas.paged_attention import cases, paged_attention
 from kernels_pallas.paged_attention.xla import write_kv
 
 torch = pytest.importorskip("torch")
@@ -79,6 +81,36 @@ def test_decode_rows_and_prefill_blocks_of_a_step_equal_torch(longest, window):
     k, v = sequences[3]
     want = expected(q[decode : decode + 6], k, v, 3, window)
     np.testing.assert_allclose(got[decode : decode + 6], want, atol=2e-5)
+
+
+@pytest.mark.parametrize("longest", [30, 400])
+def test_a_softcap_gives_what_gemma_2_computes_in_transformers(longest):
+    gemma = pytest.importorskip("transformers.models.gemma2.modeling_gemma2")
+    shape = cases.Heads(heads=4, kv_heads=2, width=16)
+    step = cases.step([longest, 3], [(9, 8)], shape=shape, page=4, block=8, dtype=jnp.float32)
+    options = {"scale": 0.7, "softcap": 5.0}
+    got = np.asarray(paged_attention(*step.arrays, decode=2, block=8, **options))
+    module = types.SimpleNamespace(num_key_value_groups=2, training=False)
+    for tokens, row, length in [([0], 0, longest), ([1], 1, 3), (list(range(2, 10)), 2, 17)]:
+        at = np.arange(length)
+        page = np.asarray(step.tables)[row, at // 4]
+        q, k, v = (
+            torch.tensor(np.asarray(x)).double().transpose(0, 1)[None]
+            for x in (
+                step.q[np.array(tokens)],
+                step.keys[page, :, at % 4],
+                step.values[page, :, at % 4],
+            )
+        )
+        seen = at[None] <= np.asarray(step.positions)[tokens][:, None]
+        mask = torch.where(torch.tensor(seen), 0.0, -torch.inf).double()[None, None]
+        want, _ = gemma.eager_attention_forward(
+            module, q, k, v, mask, dropout=0.0, scaling=0.7, softcap=5.0
+        )
+        np.testing.assert_allclose(got[tokens], want[0].numpy(), atol=2e-5)
+        plain = cases.exact(step, scale=0.7)[tokens]
+        assert longest < 100 or np.abs(plain - want[0].numpy()).max() > 0.01  # the cap matters
+    np.testing.assert_allclose(got, cases.exact(step, **options), atol=2e-5)
 
 
 def test_an_unknown_implementation_is_refused_by_name():
