@@ -1,6 +1,7 @@
 """Paged attention against torch's scaled_dot_product_attention on each sequence's contiguous K/V."""
 
 import types
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -88,7 +89,7 @@ def test_a_softcap_gives_what_gemma_2_computes_in_transformers(longest):
     gemma = pytest.importorskip("transformers.models.gemma2.modeling_gemma2")
     shape = cases.Heads(heads=4, kv_heads=2, width=16)
     step = cases.step([longest, 3], [(9, 8)], shape=shape, page=4, block=8, dtype=jnp.float32)
-    options = {"scale": 0.7, "softcap": 5.0}
+    options: dict[str, Any] = {"scale": 0.7, "softcap": 5.0}
     got = np.asarray(paged_attention(*step.arrays, decode=2, block=8, **options))
     module = types.SimpleNamespace(num_key_value_groups=2, training=False)
     for tokens, row, length in [([0], 0, longest), ([1], 1, 3), (list(range(2, 10)), 2, 17)]:

@@ -4,6 +4,7 @@ The interpreter has no atomics: it sums split rows in a second launch. tests/gpu
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -63,9 +64,8 @@ def test_prefill_blocks_after_any_context_equal_float64_while_unseen_pages_hold_
     step = cases.step([70] * 8, prompts, shape=heads, page=page, block=block, poison=True)
     options = {"scale": 0.125, "window": window, "softcap": softcap}
     decoded = step.q[:8] + 1
-    out = hopper.prefill_blocks(
-        *step.arrays, decoded, decode=8, block=block, **options, interpret=True
-    )
+    args: Any = (*step.arrays, decoded)
+    out = hopper.prefill_blocks(*args, decode=8, block=block, **options, interpret=True)
     assert (out[:8] == decoded).all()
     alone = cases.Step(
         q=step.q[8:], keys=step.keys, values=step.values, tables=step.tables[8:],
