@@ -47,13 +47,17 @@ class _Platform:
     max_num_seqs: int
     max_num_batched_tokens: int
     prefill_block: int
+    rank_page: int
+    """Rank rows of a rank page: what a tensor core multiplies at once; on a CPU what most adapters
+    have, for there a step costs the bytes of its pages."""
+    padding_pages_cost: bool
     decode_buckets: tuple[int, ...]
     """The Hopper kernel pads to 8 rows anyway; on a CPU one row costs half of eight."""
 
 
 _PLATFORMS = {
-    "cpu": _Platform(32, 256, 16, (1, 8, 32)),
-    "gpu": _Platform(256, 2048, 64, (8, 16, 32, 64, 128, 256)),
+    "cpu": _Platform(32, 256, 16, 8, True, (1, 8, 32)),
+    "gpu": _Platform(256, 2048, 64, 16, False, (8, 16, 32, 64, 128, 256)),
 }
 
 
@@ -74,8 +78,8 @@ def build_engine(options: ModelOptions, *, progress: Progress | None = None) -> 
     model = _weights(options, folder, layout, mesh, dtype, copy_head=platform == "cpu", tell=tell)
 
     config = _engine_config(options, cfg, _PLATFORMS[platform])
-    lora_pages = _lora_pages(options, layout, dtype)
-    rank_pages = RankPages(cfg, layout, mesh, lora_pages, dtype)
+    lora_pages = _lora_pages(options, layout, dtype, config.rank_page)
+    rank_pages = RankPages(cfg, layout, mesh, lora_pages, dtype, config.rank_page)
     kv_page = _kv_page_bytes(layout, config, dtype)
     num_pages = _kv_pages(options, config, kv_page, platform, options.mesh)
     config.check_num_pages(num_pages)
@@ -116,6 +120,7 @@ def build_engine(options: ModelOptions, *, progress: Progress | None = None) -> 
             weights=runner.weight_bytes // options.mesh,
             adapter_pages=rank_pages.nbytes,
             adapter_page_count=lora_pages,
+            adapter_page_rows=config.rank_page,
             adapter_copies=_copy_pages(runner, shapes) * rank_pages.bytes_per_page,
             kv_pages=runner.kv_bytes // options.mesh,
             kv_page_count=num_pages,
@@ -183,25 +188,27 @@ def _engine_config(options: ModelOptions, cfg: ModelConfig, platform: _Platform)
         max_num_batched_tokens=-(-tokens // block) * block,
         max_loras=options.max_loras,
         prefill_block=block,
+        rank_page=platform.rank_page,
+        padding_pages_cost=platform.padding_pages_cost,
         enable_prefix_caching=options.enable_prefix_caching,
         max_logprobs=min(options.max_logprobs, cfg.vocab),
         seed=options.seed,
     )
 
 
-def _lora_pages(options: ModelOptions, layout: Layout, dtype: np.dtype) -> int:
+def _lora_pages(options: ModelOptions, layout: Layout, dtype: np.dtype, rows: int) -> int:
     """Rank pages that the adapter budget buys on each device."""
     pages = parse_pages(options.lora_memory, "lora_memory")
     if pages is not None:
         return pages
     budget = parse_bytes(options.lora_memory, "lora_memory")
     if budget is None:
-        return options.max_loras * LORA_RANK // 16
-    each = page_bytes(layout, dtype)
+        return options.max_loras * LORA_RANK // rows
+    each = page_bytes(layout, dtype, rows)
     if budget < each:
         raise ParameterError(
             f"--lora-memory {options.lora_memory} is less than one rank page of {each} bytes "
-            "(16 ranks of all projections)",
+            f"({rows} ranks of all projections)",
             "lora_memory",
         )
     return budget // each

@@ -11,9 +11,6 @@ from functools import cached_property
 import numpy as np
 from jaxtyping import Float
 
-PAGE_RANK = 16
-"""Rank rows of one rank page on the device (kernels_pallas.lora_matmul.PAGE, which imports jax)."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class LoraWeights:
@@ -45,11 +42,6 @@ class Adapter:
     def nbytes(self) -> int:
         """Bytes of all tensors, as stored in host memory."""
         return sum(pair.a.nbytes + pair.b.nbytes for pair in self.weights.values())
-
-    @property
-    def pages(self) -> int:
-        """Rank pages that it owns on the device."""
-        return -(-self.rank // PAGE_RANK)
 
     @cached_property
     def modules(self) -> list[str]:

@@ -20,7 +20,7 @@ from jlora.sharding import GROUP_AXES, RULES, Layout, sharding
 from kernels_pallas.lora_matmul import PAGE, RankPool
 
 HostPage = dict[str, RankPool]
-"""One page of all layers, by group, in numpy: a [L, parts*16, K], b [L, 16, N]."""
+"""One page of all layers, by group, in numpy: a [L, parts*page, K], b [L, page, N]."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -46,7 +46,7 @@ class StagedAdapter:
         return len(self.host_pages)
 
 
-def page_bytes(layout: Layout, dtype: np.typing.DTypeLike) -> int:
+def page_bytes(layout: Layout, dtype: np.typing.DTypeLike, page_rows: int = PAGE) -> int:
     """Bytes that one rank page takes on one device, all layers and groups together."""
     width = 0
     for group, parts in GROUPS.items():
@@ -54,7 +54,7 @@ def page_bytes(layout: Layout, dtype: np.typing.DTypeLike) -> int:
         rows //= layout.tp if RULES[rows_axis] else 1
         columns //= layout.tp if RULES[columns_axis] else 1
         width += len(parts) * rows + columns
-    return layout.cfg.layers * PAGE * width * np.dtype(dtype).itemsize
+    return layout.cfg.layers * page_rows * width * np.dtype(dtype).itemsize
 
 
 class RankPages:
@@ -71,14 +71,17 @@ class RankPages:
         mesh: Mesh,
         num_pages: int,
         dtype: np.typing.DTypeLike,
+        page_rows: int = PAGE,
     ):
-        """Allocates `num_pages` usable pages, ids 1 to `num_pages`, and the padding page 0."""
+        """Allocates `num_pages` usable pages of `page_rows` ranks, ids 1 to `num_pages`, and the
+        padding page 0."""
         if num_pages < 1:
             raise ValueError(f"num_pages is {num_pages}, at least 1 rank page is needed")
         self.cfg, self.layout, self.num_pages = cfg, layout, num_pages
+        self.page_rows = page_rows
         self.dtype = np.dtype(dtype)
         self.pools: list[dict[str, RankPool]]
-        """By layer and group: a [P, parts*16, K], b [P, 16, N], P = num_pages + 1."""
+        """By layer and group: a [P, parts*page, K], b [P, page, N], P = num_pages + 1."""
 
         def per_group(first: str | None) -> dict[str, RankPool]:
             return {
@@ -93,8 +96,8 @@ class RankPages:
         self._page_shardings = per_group(None)
         self._shapes = {
             group: (
-                (len(parts) * PAGE, layout.group_shape(group)[0]),
-                (PAGE, layout.group_shape(group)[1]),
+                (len(parts) * page_rows, layout.group_shape(group)[0]),
+                (page_rows, layout.group_shape(group)[1]),
             )
             for group, parts in GROUPS.items()
         }
@@ -124,7 +127,7 @@ class RankPages:
     @property
     def bytes_per_page(self) -> int:
         """Bytes of one page on one device, all layers and groups together."""
-        return page_bytes(self.layout, self.dtype)
+        return page_bytes(self.layout, self.dtype, self.page_rows)
 
     @property
     def nbytes(self) -> int:
@@ -149,7 +152,7 @@ class RankPages:
                 else self._zeros[group]
                 for group, shapes in self._shapes.items()
             }
-            for _ in range(adapter.pages)
+            for _ in range(-(-adapter.rank // self.page_rows))
         )
         for group in touched:
             for layer in range(self.cfg.layers):
@@ -173,22 +176,22 @@ class RankPages:
         self, adapter: Adapter, layer: int, group: str, pages: Sequence[HostPage]
     ) -> None:
         """Fills one layer of one group of all pages, in place."""
-        columns = self.layout.input_index(group)
+        page_rows, columns = self.page_rows, self.layout.input_index(group)
         for part, projection in enumerate(GROUPS[group]):
             pair = adapter.weights.get((layer, projection))
             if pair is None:
                 continue
             a = pair.a if columns is None else _take(pair.a, columns)
-            for page, start in zip(pages, range(0, pair.rank, PAGE), strict=False):
-                rows = self._cast(a[start : start + PAGE], adapter, projection)
-                page[group].a[layer, part * PAGE : part * PAGE + len(rows)] = rows
+            for page, start in zip(pages, range(0, pair.rank, page_rows), strict=False):
+                rows = self._cast(a[start : start + page_rows], adapter, projection)
+                page[group].a[layer, part * page_rows : part * page_rows + len(rows)] = rows
         at = 0
         for projection, source in self.layout.output_index(group):
             pair = adapter.weights.get((layer, projection))
             if pair is not None:
                 b = _take(pair.b.T, source).astype(np.float32) * np.float32(pair.scaling)
-                for page, start in zip(pages, range(0, pair.rank, PAGE), strict=False):
-                    rows = self._cast(b[start : start + PAGE], adapter, projection)
+                for page, start in zip(pages, range(0, pair.rank, page_rows), strict=False):
+                    rows = self._cast(b[start : start + page_rows], adapter, projection)
                     page[group].b[layer, : len(rows), at : at + len(source)] = rows
             at += len(source)
 

@@ -11,8 +11,8 @@ from jlora.engine.params import SamplingParams
 from jlora.errors import ParameterError
 from jlora.shape import Shape
 
-RANK_PAGE = 16
-"""Rank rows of one rank page (see jlora/README.md)."""
+RANK_ROWS = (16, 64, 128, 512)
+"""Rank rows of all adapters of a step together, by default: doublings follow."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +29,8 @@ class EngineConfig:
     """Tokens of a KV page."""
     num_pages: int | None = None
     """KV pages, the trash page 0 included; None: whoever builds the engine measures the memory."""
+    rank_page: int = 16
+    """Rank rows of one rank page (see jlora/README.md)."""
     max_loras: int = 8
     """Different adapters in one step at most; the base model does not count."""
     prefill_block: int = 16
@@ -47,7 +49,9 @@ class EngineConfig:
     """(decode rows, prefill tokens) of the steps with prefill; empty: about (8, 64), and the maximum."""
     rank_page_buckets: tuple[int, ...] = ()
     """Active rank pages of the steps with LoRA (each shape also has a variant without); empty:
-    max_loras / 4, max_loras and 4 * max_loras. The largest one bounds an adapter's rank: 16 * pages."""
+    RANK_ROWS up to 64 ranks for each of max_loras. The largest one bounds an adapter's rank."""
+    padding_pages_cost: bool = True
+    """False: steps without prefill compile for the most rank pages only; the kernel skips padding."""
 
     def __post_init__(self) -> None:
         for name in [
@@ -55,6 +59,7 @@ class EngineConfig:
             "max_num_seqs",
             "max_num_batched_tokens",
             "page_size",
+            "rank_page",
             "max_loras",
             "prefill_block",
         ]:
@@ -83,7 +88,7 @@ class EngineConfig:
     @property
     def max_rank(self) -> int:
         """The largest adapter rank that a step can hold."""
-        return self.max_rank_pages * RANK_PAGE
+        return self.max_rank_pages * self.rank_page
 
     def check_num_pages(self, num_pages: int) -> None:
         """Raise unless one sequence of `max_model_len` tokens fits beside the trash page."""
@@ -118,8 +123,7 @@ class EngineConfig:
         rows, tokens = self.max_num_seqs, self.max_num_batched_tokens
         decode = self.decode_buckets or _default_decode(rows)
         prefill = self.prefill_buckets or self._default_prefill()
-        loras = self.max_loras
-        ranks = self.rank_page_buckets or (max(1, loras // 4), loras, 4 * loras)
+        ranks = self.rank_page_buckets or self._default_ranks()
         for name, value in (
             ("decode_buckets", tuple(sorted(set(decode)))),
             ("prefill_buckets", tuple(sorted({(rows, tokens) for rows, tokens in prefill}))),
@@ -151,6 +155,13 @@ class EngineConfig:
         rows, tokens, block = self.max_num_seqs, self.max_num_batched_tokens, self.prefill_block
         return ((min(8, rows), min(max(64 // block, 1) * block, tokens)), (rows, tokens))
 
+    def _default_ranks(self) -> tuple[int, ...]:
+        most = 64 * self.max_loras
+        rows: list[int] = [*RANK_ROWS]
+        while rows[-1] < most:
+            rows.append(rows[-1] * 2)
+        return tuple(-(-n // self.rank_page) for n in (*(n for n in rows if n < most), most))
+
 
 def buckets(config: EngineConfig) -> list[Shape]:
     """Every shape to compile: each bucket of rows and tokens, without and with LoRA.
@@ -163,8 +174,10 @@ def buckets(config: EngineConfig) -> list[Shape]:
     shapes = []
     for decode, prefill in sizes:
         rows = decode + prefill // config.prefill_block
-        least = 0 if prefill else rows / 4  # one adapter's prompt may fill a step
-        ranks = {r for r in config.rank_page_buckets if least <= r <= max(2, rows)}
+        most = max(32, 24 * rows) // config.rank_page
+        ranks = {r for r in config.rank_page_buckets if r <= most}
+        if not prefill and not config.padding_pages_cost:
+            ranks = set()
         if (decode, prefill) in largest or not ranks:
             ranks.add(config.max_rank_pages)
         shapes += [

@@ -1,4 +1,4 @@
-"""Every compiled program of an engine: steps by shape, prompt scoring, and the copies of active pages.
+"""Every compiled program of an engine: steps by shape, sampling, prompt scoring, copies of pages.
 
 All are lowered and compiled by `compile_all`; asking for one that was not compiled is a KeyError,
 so nothing ever compiles while requests wait. All run under `jax.shard_map` and see local shapes.
@@ -6,7 +6,7 @@ so nothing ever compiles while requests wait. All run under `jax.shard_map` and 
 
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
 import jax
@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from jlora.batch import Batch, unpack
 from jlora.engine import sampler
+from jlora.engine.sampler import Kind
 from jlora.models.config import GROUPS
 from jlora.models.decoder import Decoder, Pools, forward, logits
 from jlora.ops import KV
@@ -33,12 +34,19 @@ class Programs:
     """Compiled programs, and the model's weights in the form in which they take them."""
 
     def __init__(
-        self, model: Decoder, layout: Layout, mesh: Mesh, max_logprobs: int, *, copy_pages: bool
+        self,
+        model: Decoder,
+        layout: Layout,
+        mesh: Mesh,
+        max_logprobs: int,
+        *,
+        copy_pages: bool,
+        kinds: Sequence[Kind],
     ):
-        """`copy_pages`: steps take copies of the active rank pages instead of the pools. On a CPU
+        """`kinds` of sampling are compiled, ANY among them. `copy_pages`: steps take copies of the active rank pages instead of the pools. On a CPU
         gathering them in every step costs as much as the matmuls that read them."""
         self.layout, self.mesh, self.max_logprobs = layout, mesh, max_logprobs
-        self.copy_pages = copy_pages
+        self.copy_pages, self.kinds = copy_pages, sorted(kinds)
         self.dtype = model.norm[...].dtype
         self._graph, state = nnx.split(model)
         specs = jax.tree.map(
@@ -48,15 +56,21 @@ class Programs:
         # A flat list: jit's fast path walks it in a tenth of the time of nested modules.
         self.weights, self._tree = jax.tree.flatten(state)
         self._steps: dict[Shape, Callable[..., Any]] = {}
+        self._samples: dict[tuple[int, Kind], Callable[..., Any]] = {}
         self._scores: dict[int, Callable[..., Any]] = {}
         self._copies: dict[int, Callable[..., Any]] = {}
+        self._copy_shapes: dict[int, Any] = {}
 
     def __len__(self) -> int:
         return len(self._steps)
 
     def step(self, shape: Shape) -> Callable[..., Any]:
-        """(weights, adapters, kv, slots, packed) -> (kv, slots, sampled, hidden). DONATES kv, slots."""
+        """(weights, adapters, kv, last, packed) -> (kv, logits, rows, hidden). DONATES kv."""
         return self._steps[shape]
+
+    def sample(self, rows: int, kind: Kind) -> Callable[..., Any]:
+        """(logits [rows, V], slots, rows) -> (sampled, slots), at least of this kind. DONATES slots."""
+        return self._samples[rows, next(known for known in self.kinds if known >= kind)]
 
     def score(self, tokens: int) -> Callable[..., Any]:
         """(weights, hidden [tokens, D], rows, targets) -> Sampled, for SCORE_ROWS rows."""
@@ -76,26 +90,36 @@ class Programs:
     ) -> None:
         """Compiles the steps of all shapes and what goes with them; `progress(done, total)`."""
         counts = sorted({shape.rank_pages for shape in shapes} - {0}) if self.copy_pages else []
+        sampled = [
+            (n, kind) for n in sorted({shape.rows for shape in shapes}) for kind in self.kinds
+        ]
         scored = sorted({shape.tokens for shape in shapes if shape.prefill})
-        total = len(counts) + len(shapes) + len(scored)
+        total = len(counts) + len(shapes) + len(sampled) + len(scored)
         jobs: list[tuple[dict, Any, Any]] = []
         with ThreadPoolExecutor(max_workers=os.cpu_count() or 2) as workers:
 
             def start(table: dict, key: Any, lowered: Any) -> None:
                 jobs.append((table, key, workers.submit(lowered.compile)))
+                tell()
+
+            def tell() -> None:
+                if progress is not None:
+                    progress(sum(future.done() for _, _, future in jobs), total)
 
             try:
                 # Lowering holds the interpreter's lock, compiling does not.
                 for count in counts:
                     start(self._copies, count, self._lower_copy(count, pools))
                 for shape in shapes:
-                    start(self._steps, shape, self._lower_step(shape, pools, kv, slots))
+                    start(self._steps, shape, self._lower_step(shape, pools, kv, slots.last))
+                for rows, kind in sampled:
+                    start(self._samples, (rows, kind), self._lower_sample(rows, kind, slots))
                 for tokens in scored:
                     start(self._scores, tokens, self._lower_score(tokens))
-                for done, (table, key, future) in enumerate(jobs, start=1):
+                for _ in as_completed([future for _, _, future in jobs]):
+                    tell()
+                for table, key, future in jobs:
                     table[key] = future.result()
-                    if progress is not None:
-                        progress(done, total)
             except BaseException:  # Ctrl-C: don't compile the rest of the queue first
                 workers.shutdown(wait=False, cancel_futures=True)
                 raise
@@ -109,30 +133,21 @@ class Programs:
         )
 
     def _lower_step(
-        self, shape: Shape, pools: Pools, kv: list[KV], slots: sampler.Slots
+        self, shape: Shape, pools: Pools, kv: list[KV], last: jax.Array
     ) -> jax.stages.Lowered:
         lora = shape.rank_pages > 0
 
-        def step(weights: list, adapters: Any, kv: list, slots: sampler.Slots, packed: jax.Array):
+        def step(weights: list, adapters: Any, kv: list, last: jax.Array, packed: jax.Array):
             model = self._model(weights)
             batch = unpack(shape, packed)
-            tokens = _resolve(batch, slots, shape.decode)
+            tokens = _resolve(batch, last, shape.decode)
             hidden, kv = forward(model, adapters, kv, batch, shape, tokens)
-            scores = logits(model, hidden[batch.last])
-            sampled, slots = sampler.sample(scores, slots, batch, self.max_logprobs)
-            return kv, slots, sampled, hidden if shape.prefill else None
+            rows = sampler.Rows(batch.slots, batch.positions[batch.last] + 1, batch.samples)
+            return kv, logits(model, hidden[batch.last]), rows, hidden if shape.prefill else None
 
         adapter_specs, adapters = P(), None
         if lora and self.copy_pages:
-            adapter_specs = self._active_specs()
-            adapters = jax.eval_shape(self._mapped_copy(pools), pools, _ints(shape.rank_pages))
-            adapters = jax.tree.map(
-                lambda leaf, place: jax.ShapeDtypeStruct(
-                    leaf.shape, leaf.dtype, sharding=jax.NamedSharding(self.mesh, place)
-                ),
-                adapters,
-                adapter_specs,
-            )
+            adapter_specs, adapters = self._active_specs(), self._copy_shapes[shape.rank_pages]
         elif lora:
             adapter_specs, adapters = _specs(pools), pools
         mapped = self._map(
@@ -141,8 +156,20 @@ class Programs:
             (spec(*KV_AXES), P(), P(), P()),
         )
         packed = jax.ShapeDtypeStruct((shape.words,), jnp.int32, sharding=sharding(self.mesh))
-        jitted = jax.jit(mapped, donate_argnums=(2, 3))
-        return jitted.lower(self.weights, adapters, kv, slots, packed)
+        jitted = jax.jit(mapped, donate_argnums=2)
+        return jitted.lower(self.weights, adapters, kv, last, packed)
+
+    def _lower_sample(self, count: int, kind: Kind, slots: sampler.Slots) -> jax.stages.Lowered:
+        def sample(scores: jax.Array, slots: sampler.Slots, rows: sampler.Rows):
+            return sampler.sample(scores, slots, rows, kind, self.max_logprobs)
+
+        replicated = sharding(self.mesh)
+        ints = jax.ShapeDtypeStruct((count,), jnp.int32, sharding=replicated)
+        size = (count, self.layout.cfg.vocab)
+        scores = jax.ShapeDtypeStruct(size, jnp.float32, sharding=replicated)
+        mapped = self._map(sample, (P(), P(), P()), P())
+        jitted = jax.jit(mapped, donate_argnums=1)
+        return jitted.lower(scores, slots, sampler.Rows(ints, ints, ints))  # type: ignore[arg-type]
 
     def _lower_score(self, tokens: int) -> jax.stages.Lowered:
         def score(weights: list, hidden: jax.Array, rows: jax.Array, targets: jax.Array):
@@ -171,7 +198,15 @@ class Programs:
 
     def _lower_copy(self, count: int, pools: Pools) -> jax.stages.Lowered:
         pages = jax.ShapeDtypeStruct((count,), jnp.int32, sharding=sharding(self.mesh))
-        return jax.jit(self._mapped_copy(pools)).lower(pools, pages)
+        lowered = jax.jit(self._mapped_copy(pools)).lower(pools, pages)
+        self._copy_shapes[count] = jax.tree.map(
+            lambda leaf, place: jax.ShapeDtypeStruct(
+                leaf.shape, leaf.dtype, sharding=jax.NamedSharding(self.mesh, place)
+            ),
+            lowered.out_info,
+            self._active_specs(),
+        )
+        return lowered
 
     def _active_specs(self) -> list[dict[str, ActivePages]]:
         groups = {
@@ -188,14 +223,10 @@ def _specs(arrays: Any) -> Any:
     return jax.tree.map(lambda array: array.sharding.spec, arrays)
 
 
-def _ints(count: int) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((count,), jnp.int32)
-
-
-def _resolve(batch: Batch, slots: sampler.Slots, decode: int) -> jax.Array:
+def _resolve(batch: Batch, last: jax.Array, decode: int) -> jax.Array:
     """Input ids with -1 replaced by what the row's slot sampled last."""
     if not decode:
         return jnp.maximum(batch.tokens, 0)
     rows = batch.tokens[:decode]
-    known = jnp.where(rows < 0, slots.last[batch.slots[:decode]], rows)
+    known = jnp.where(rows < 0, last[batch.slots[:decode]], rows)
     return jnp.concatenate([known, jnp.maximum(batch.tokens[decode:], 0)])

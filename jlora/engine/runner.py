@@ -22,6 +22,7 @@ from jlora.engine import sampler
 from jlora.engine.config import EngineConfig
 from jlora.engine.params import SamplingParams
 from jlora.engine.programs import KV_AXES, SCORE_ROWS, Programs
+from jlora.engine.sampler import Kind
 from jlora.engine.scheduler import Chunk, Plan
 from jlora.engine.sequence import Sequence, TokenLogprobs
 from jlora.models.decoder import Decoder
@@ -77,7 +78,15 @@ class Runner:
         cfg = layout.cfg
         self.config, self.rank_pages, self.vocab = config, rank_pages, cfg.vocab
         self._on_cpu = on_cpu = mesh.devices.flat[0].platform == "cpu"
-        self.programs = Programs(model, layout, mesh, config.max_logprobs, copy_pages=on_cpu)
+        self.programs = Programs(
+            model,
+            layout,
+            mesh,
+            config.max_logprobs,
+            copy_pages=on_cpu,
+            # A branch costs a CPU nothing; it makes a GPU wait for the host.
+            kinds=(Kind.ANY,) if on_cpu else tuple(Kind),
+        )
         dtype = self.programs.dtype
         page = (num_pages, layout.kv_heads, config.page_size, cfg.head_dim)
         zeros = jax.jit(
@@ -122,7 +131,9 @@ class Runner:
         self.rank_pages.warm_up()
         # A GPU captures its graph in a program's first run; on a CPU a first run is as any other.
         for shape in shapes[:1] if self._on_cpu else shapes:
-            jax.block_until_ready(self._run(shape, empty(shape, self.config.max_num_seqs)))
+            for kind in self.programs.kinds:
+                arrays = empty(shape, self.config.max_num_seqs)
+                jax.block_until_ready(self._run(shape, arrays, kind))
         # Greedy: one padding row that draws would make every padded step draw for all its rows.
         row = sampler.slot_row(
             SamplingParams(temperature=0.0), prompt_length=0, seed=0, stop_ids=(), vocab=self.vocab
@@ -136,15 +147,16 @@ class Runner:
     # ---- running --------------------------------------------------------------------------
 
     def _run(
-        self, shape: Shape, arrays: dict[str, np.ndarray]
+        self, shape: Shape, arrays: dict[str, np.ndarray], kind: Kind
     ) -> tuple[sampler.Sampled, jax.Array | None]:
-        self.kv, self.slots, sampled, hidden = self.programs.step(shape)(
+        self.kv, scores, rows, hidden = self.programs.step(shape)(
             self.programs.weights,
             self._adapters(shape, arrays["pages"]),
             self.kv,
-            self.slots,
+            self.slots.last,
             pack(shape, arrays),
         )
+        sampled, self.slots = self.programs.sample(shape.rows, kind)(scores, self.slots, rows)
         return sampled, hidden
 
     def _adapters(self, shape: Shape, pages: np.ndarray) -> Any:
@@ -184,7 +196,8 @@ class Runner:
             self._admit(chunk.seq)
         arrays = empty(shape, self.config.max_num_seqs)
         rows = self._fill(plan, shape, arrays, rank_pages)
-        sampled, hidden = self._run(shape, arrays)
+        asked = [sampler.kind(chunk.seq.params) for _, chunk in rows]
+        sampled, hidden = self._run(shape, arrays, max(asked, default=Kind.GREEDY))
         if self.in_order:
             jax.block_until_ready(sampled)
         return Pending(plan, rows, sampled, self._scores(plan, shape, hidden))

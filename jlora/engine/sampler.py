@@ -1,21 +1,21 @@
 """Sampling on the device: penalties, bias, temperature, min-p, top-k, top-p, seeds, logprobs.
 
 What a request asks for is written once, when it gets its slot, into `Slots`; a step then only
-names slots. A random draw depends on the request's seed and the token's position alone, so it is
+names slots. How much of the sampler a step runs is a `Kind`: the host knows what its rows ask for,
+and a branch on the device would make a GPU wait for the host. A random draw depends on the request's seed and the token's position alone, so it is
 the same alone, in a batch and after preemption. Top-k and top-p need no sort: the threshold is
 found by bisection over the bits of the probabilities, which is exact.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from enum import IntEnum
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from jlora.batch import Batch
 from jlora.engine.params import MAX_STOP_TOKENS, SamplingParams
 
 MAX_BIAS = 512
@@ -27,9 +27,54 @@ MAX_STOPS = MAX_STOP_TOKENS + 16
 IN_PROMPT = 1 << 24
 """Added to a token's count when the prompt has it."""
 
+GREEDY_BELOW = 1e-5
+"""A smaller temperature is greedy."""
+
 FLOATS = ("temperature", "top_p", "min_p", "presence", "frequency", "repetition")
 INTS = ("top_k", "seed", "free_from", "logprobs")
 """free_from: the first position at which a stop token may be sampled (min_tokens)."""
+
+
+class Kind(IntEnum):
+    """How much of the sampler runs; each does all that a smaller one does."""
+
+    GREEDY = 0
+    """The likeliest token."""
+    DRAW = 1
+    """Rows with a temperature are drawn."""
+    FILTER = 2
+    """They may have top_p, top_k and min_p."""
+    ANY = 3
+    """Penalties, biases, held back stop tokens and log-probabilities too, each only if a row asks."""
+
+
+def kind(params: SamplingParams) -> Kind:
+    """The least kind that does what a request asks for."""
+    if (
+        params.logprobs is not None
+        or params.logit_bias
+        or params.min_tokens
+        or (params.presence_penalty, params.frequency_penalty) != (0, 0)
+        or params.repetition_penalty != 1
+    ):
+        return Kind.ANY
+    if params.temperature < GREEDY_BELOW:
+        return Kind.GREEDY
+    filters = params.top_p < 1 or params.top_k > 0 or params.min_p > 0
+    return Kind.FILTER if filters else Kind.DRAW
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Rows:
+    """The sampling side of a step's rows."""
+
+    slots: Int[Array, "B"]
+    """Sequence slot of each row."""
+    at: Int[Array, "B"]
+    """Position that the sampled token will have."""
+    samples: Int[Array, "B"]
+    """1 where the row's token counts."""
 
 
 @jax.tree_util.register_dataclass
@@ -99,7 +144,7 @@ def slot_row(
     stops = np.full(MAX_STOPS, vocab, np.int32)
     stops[: len(held)] = held
     floats = [
-        0.0 if params.temperature < 1e-5 else params.temperature,
+        0.0 if params.temperature < GREEDY_BELOW else params.temperature,
         params.top_p,
         params.min_p,
         params.presence_penalty,
@@ -141,42 +186,37 @@ def count_tokens(
 
 
 def sample(
-    logits: Float[Array, "B V"], slots: Slots, batch: Batch, max_logprobs: int
+    logits: Float[Array, "B V"], slots: Slots, rows: Rows, kind: Kind, max_logprobs: int
 ) -> tuple[Sampled, Slots]:
     """Draws one token a row and notes it in the row's slot. DONATES slots."""
-    at = batch.positions[batch.last] + 1  # position that the sampled token will have
-    return _sample(logits, slots, batch.slots, at, batch.samples, max_logprobs)
-
-
-@partial(jax.jit, static_argnums=5)  # steps of one number of rows share one trace
-def _sample(
-    logits: Float[Array, "B V"],
-    slots: Slots,
-    own: Int[Array, "B"],
-    at: Int[Array, "B"],
-    samples: Int[Array, "B"],
-    max_logprobs: int,
-) -> tuple[Sampled, Slots]:
+    own = rows.slots
     floats = dict(zip(FLOATS, slots.floats[own].T, strict=True))
     ints = dict(zip(INTS, slots.ints[own].T, strict=True))
-    adjusted = jax.lax.cond(
-        _any_adjusts(slots, own, floats, ints, at),
-        lambda: _adjust(logits, slots, own, floats, ints["free_from"] > at),
-        lambda: logits,
-    )
-    greedy = jnp.argmax(adjusted, axis=-1).astype(jnp.int32)
-    tokens = jax.lax.cond(
-        jnp.any(floats["temperature"] > 0),
-        lambda: jnp.where(floats["temperature"] > 0, _draw(adjusted, floats, ints, at), greedy),
-        lambda: greedy,
-    )
-    sampled = jax.lax.cond(
-        jnp.any(ints["logprobs"] > 0),
-        lambda: describe(logits, tokens, max_logprobs),
-        lambda: Sampled(*_no_logprobs(tokens, max_logprobs)),
-    )
+    adjusted = logits
+    if kind is Kind.ANY:
+        adjusted = jax.lax.cond(
+            _any_adjusts(slots, own, floats, ints, rows.at),
+            lambda: _adjust(logits, slots, own, floats, ints["free_from"] > rows.at),
+            lambda: logits,
+        )
+    tokens = jnp.argmax(adjusted, axis=-1).astype(jnp.int32)
+    if kind is Kind.ANY:
+        tokens = jax.lax.cond(
+            jnp.any(floats["temperature"] > 0),
+            lambda: _drawn(adjusted, tokens, floats, ints, rows.at, kind),
+            lambda: tokens,
+        )
+    elif kind is not Kind.GREEDY:
+        tokens = _drawn(adjusted, tokens, floats, ints, rows.at, kind)
+    sampled = Sampled(*_no_logprobs(tokens, max_logprobs))
+    if kind is Kind.ANY:
+        sampled = jax.lax.cond(
+            jnp.any(ints["logprobs"] > 0),
+            lambda: describe(logits, tokens, max_logprobs),
+            lambda: sampled,
+        )
     # rows that sample nothing (padding, the middle of a prompt) write to the trash slot
-    to = jnp.where(samples > 0, own, slots.last.shape[0] - 1)
+    to = jnp.where(rows.samples > 0, own, slots.last.shape[0] - 1)
     slots = replace(
         slots,
         last=slots.last.at[to].set(tokens),
@@ -232,21 +272,29 @@ def _adjust(
     return out.at[rows, held].set(-jnp.inf, mode="drop")
 
 
-def _draw(
-    logits: Float[Array, "B V"], floats: dict, ints: dict, at: Int[Array, "B"]
+def _drawn(
+    logits: Float[Array, "B V"],
+    greedy: Int[Array, "B"],
+    floats: dict,
+    ints: dict,
+    at: Int[Array, "B"],
+    kind: Kind,
 ) -> Int[Array, "B"]:
-    """A token of each row by the Gumbel-max trick, from the logits that min-p, top-k and top-p
-    leave (in this order, each on what the one before left)."""
-    temperature = jnp.where(floats["temperature"] > 0, floats["temperature"], 1.0)
-    scaled = logits / temperature[:, None]
-    filtered = jax.lax.cond(
-        jnp.any((floats["top_p"] < 1) | (floats["min_p"] > 0) | (ints["top_k"] > 0)),
-        lambda: _filter(scaled, floats, ints),
-        lambda: scaled,
-    )
-
+    """A token of each row that has a temperature, by the Gumbel-max trick, from the logits that
+    min-p, top-k and top-p leave (in this order, each on what the one before left)."""
+    draws = floats["temperature"] > 0
+    scaled = logits / jnp.where(draws, floats["temperature"], 1.0)[:, None]
+    if kind is Kind.FILTER:
+        scaled = _filter(scaled, floats, ints)
+    elif kind is Kind.ANY:
+        unfiltered = scaled
+        scaled = jax.lax.cond(
+            jnp.any((floats["top_p"] < 1) | (floats["min_p"] > 0) | (ints["top_k"] > 0)),
+            lambda: _filter(unfiltered, floats, ints),
+            lambda: unfiltered,
+        )
     gumbel = -jnp.log(-jnp.log(_uniform(ints["seed"], at, logits.shape[1])))
-    return jnp.argmax(filtered + gumbel, axis=-1).astype(jnp.int32)
+    return jnp.where(draws, jnp.argmax(scaled + gumbel, axis=-1).astype(jnp.int32), greedy)
 
 
 def _uniform(seeds: Int[Array, "B"], at: Int[Array, "B"], count: int) -> Float[Array, "B V"]:

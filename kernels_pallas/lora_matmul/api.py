@@ -83,6 +83,10 @@ def _fused(
         return None
     if not isinstance(pool, RankPool):
         raise NotImplementedError("the fused kernel takes a RankPool: it copies no pages out")
+    if pool.b.shape[1] != PAGE:
+        if automatic:
+            return None
+        raise NotImplementedError(f"the fused kernel takes pages of {PAGE} ranks")
     from kernels_pallas.lora_matmul import hopper  # imports Mosaic GPU: only where it is used
 
     try:
@@ -129,12 +133,13 @@ def _check(
     part_sizes: tuple[int, ...],
 ) -> None:
     if isinstance(pool, RankPool):
-        want_a = (len(part_sizes) * PAGE, x.shape[1])
-        want_b = (PAGE, sum(part_sizes))
+        page = pool.b.shape[1]
+        want_a = (len(part_sizes) * page, x.shape[1])
+        want_b = (page, sum(part_sizes))
         if pool.a.shape[1:] != want_a or pool.b.shape[1:] != want_b:
             raise ValueError(
                 f"pool pages have shapes a {pool.a.shape[1:]}, b {pool.b.shape[1:]}, expected "
-                f"(parts*16, K) = {want_a} and (16, N) = {want_b} for part_sizes {part_sizes}"
+                f"(parts*page, K) = {want_a} and (page, N) = {want_b} for part_sizes {part_sizes}"
             )
     if segments.adapter.shape != x.shape[:1] or segments.pages.shape != segments.owner.shape:
         raise ValueError(

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from kernels_pallas.lora_matmul.types import PAGE, RankPool, Segments
+from kernels_pallas.lora_matmul.types import RankPool, Segments
 
 
 def lora_delta(
@@ -14,12 +14,12 @@ def lora_delta(
     x32 = x.astype(jnp.float32)
     delta = jnp.zeros((x.shape[0], sum(part_sizes)), jnp.float32)
     for i in range(segments.pages.shape[0]):
-        a = pool.a[segments.pages[i]].astype(jnp.float32)  # [parts*16, K]
-        b = pool.b[segments.pages[i]].astype(jnp.float32)  # [16, N]
+        a = pool.a[segments.pages[i]].astype(jnp.float32)  # [parts*page, K]
+        b = pool.b[segments.pages[i]].astype(jnp.float32)  # [page, N]
         mine = (segments.adapter == segments.owner[i]) & (segments.adapter >= 0)  # [T]
-        start = 0
+        start, page = 0, b.shape[0]
         for j, size in enumerate(part_sizes):
-            u = jnp.dot(x32, a[PAGE * j : PAGE * (j + 1)].T, precision=lax.Precision.HIGHEST)
+            u = jnp.dot(x32, a[page * j : page * (j + 1)].T, precision=lax.Precision.HIGHEST)
             part = jnp.dot(u, b[:, start : start + size], precision=lax.Precision.HIGHEST)
             part = jnp.where(mine[:, None], part, 0.0)
             delta = delta.at[:, start : start + size].add(part)

@@ -8,7 +8,8 @@ import dataclasses
 import jax
 from jaxtyping import Array, Float, Int
 
-PAGE = 16  # rank rows of one page; the depth of one tensor-core step
+PAGE = 16
+"""Rank rows of one page unless a pool says otherwise: the depth of one tensor-core step."""
 
 
 @jax.tree_util.register_dataclass
@@ -16,11 +17,12 @@ PAGE = 16  # rank rows of one page; the depth of one tensor-core step
 class RankPool:
     """Rank pages of one layer and one projection group. Page 0 is all zeros: padding points at it."""
 
-    a: Float[Array, "P parts*16 K"]
-    """Rows `16*j:16*(j+1)` of a page shrink for part j."""
+    a: Float[Array, "P parts*page K"]
+    """Rows `page*j:page*(j+1)` of a page shrink for part j. `page` is 16 for the Hopper kernel and
+    any number for the other implementations."""
 
-    b: Float[Array, "P 16 N"]
-    """Columns of part j expand part j's 16 values. Scaling (alpha/r ...) is folded in."""
+    b: Float[Array, "P page N"]
+    """Columns of part j expand part j's values. Scaling (alpha/r ...) is folded in."""
 
 
 @jax.tree_util.register_dataclass
@@ -28,8 +30,8 @@ class RankPool:
 class ActivePages:
     """A copy of the pages that a step uses, laid out for plain dots (see `xla.active_pages`)."""
 
-    a: Float[Array, "parts Pa*16 K"]
-    b: tuple[Float[Array, "Pa*16 part"], ...]
+    a: Float[Array, "parts Pa*page K"]
+    b: tuple[Float[Array, "Pa*page part"], ...]
 
 
 @jax.tree_util.register_dataclass

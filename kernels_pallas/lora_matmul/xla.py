@@ -5,15 +5,18 @@ row's own, expand in one dot a part. Work grows with rows x active pages, which 
 the active pages are few beside the width of the weight.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas.lora_matmul.types import PAGE, ActivePages, RankPool, Segments
+from kernels_pallas.lora_matmul.types import ActivePages, RankPool, Segments
 
 
+@partial(jax.jit, static_argnames="part_sizes")  # traced once for all layers of a model
 def active_pages(
     pool: RankPool, pages: Int[Array, " Pa"], *, part_sizes: tuple[int, ...]
 ) -> ActivePages:
@@ -23,8 +26,8 @@ def active_pages(
     change from one step to the next: an engine may call this when they do, and pass the result
     to `lora_delta` in the pool's place.
     """
-    parts, width = len(part_sizes), pool.a.shape[-1]
-    a = pool.a[pages].reshape(-1, parts, PAGE, width).swapaxes(0, 1)
+    parts, (page, width) = len(part_sizes), (pool.b.shape[1], pool.a.shape[-1])
+    a = pool.a[pages].reshape(-1, parts, page, width).swapaxes(0, 1)
     ends = [sum(part_sizes[: j + 1]) for j in range(parts)]
     b = jnp.split(pool.b[pages], ends[:-1], axis=2)
     return ActivePages(
@@ -44,7 +47,7 @@ def lora_delta(
         pool = active_pages(pool, segments.pages, part_sizes=part_sizes)
     rows, parts = x.shape[0], len(part_sizes)
     u = _dot(x, pool.a.reshape(-1, x.shape[1]), (1, 1)).reshape(rows, parts, -1)
-    u = jnp.where(_own(segments)[:, None], u, 0.0).astype(pool.a.dtype)
+    u = jnp.where(_own(segments, u.shape[-1])[:, None], u, 0.0).astype(pool.a.dtype)
     out = [_dot(u[:, j], b, (1, 0)) for j, b in enumerate(pool.b)]
     return jnp.concatenate(out, axis=1) if parts > 1 else out[0]
 
@@ -70,17 +73,17 @@ def _accumulate(
     sum its epilogue: y is read and written once more, and nothing in float32 reaches memory."""
     active = active_pages(pool, segments.pages, part_sizes=part_sizes)
     part = np.repeat(np.arange(len(part_sizes)), part_sizes)  # the part of each column
-    b = jnp.concatenate(active.b, axis=1)  # [Pa*16, N]
+    b = jnp.concatenate(active.b, axis=1)  # [Pa*page, N]
     blocks = jnp.where(part == np.arange(len(part_sizes))[:, None, None], b, 0)
     u = _dot(x, active.a.reshape(-1, x.shape[1]), (1, 1)).reshape(x.shape[0], len(part_sizes), -1)
-    u = jnp.where(_own(segments)[:, None], u, 0.0).astype(x.dtype)
+    u = jnp.where(_own(segments, u.shape[-1])[:, None], u, 0.0).astype(x.dtype)
     return x @ w + u.reshape(x.shape[0], -1) @ blocks.reshape(-1, w.shape[1])
 
 
-def _own(segments: Segments) -> jax.Array:
-    """Whether rank row i is the row's own: [T, Pa*16]."""
+def _own(segments: Segments, ranks: int) -> jax.Array:
+    """Whether rank row i is the row's own: [T, ranks], all pages' rank rows."""
     own = (segments.adapter[:, None] == segments.owner) & (segments.adapter[:, None] >= 0)
-    return jnp.repeat(own, PAGE, axis=1)
+    return jnp.repeat(own, ranks // own.shape[1], axis=1)
 
 
 def base_matmul(x: Float[Array, "T K"], w: Float[Array, "K N"]) -> Float[Array, "T N"]:

@@ -34,7 +34,7 @@ def parts(tiny_model, tiny_adapter, tmp_path_factory):
         kv_cache_memory="72KiB",
         enable_prefix_caching=False,
         max_logprobs=0,
-        lora_memory="40pages",
+        lora_memory="80pages",
     )
     made = build_engine(options)
     yield made
@@ -72,7 +72,7 @@ def test_extreme_numbers_of_a_request_do_not_stop_the_engine(parts):
 
 def test_all_of_the_adapter_budget_may_hold_adapters(parts):
     assert parts.plan.adapter_page_count > parts.engine.config.max_rank_pages
-    assert parts.store.num_pages == parts.plan.adapter_page_count == 40
+    assert parts.store.num_pages == parts.plan.adapter_page_count == 80
 
 
 def test_the_memory_plan_counts_the_copies_of_active_pages(parts):

@@ -21,6 +21,7 @@ from jlora.models.decoder import forward, logits
 from jlora.models.weights import load_weights
 from jlora.shape import Shape
 from jlora.sharding import Layout, make_mesh, sharding, spec
+from kernels_pallas.lora_matmul import PAGE
 
 KV_AXES = ("page", "kv_heads", None, None)
 
@@ -68,11 +69,13 @@ class Steps:
         if adapters:
             staged = []
             layouts = [read_adapter(path, cfg) for path in adapters]
-            pages = RankPages(cfg, layout, mesh, 1 + sum(a.pages for a in layouts), dtype)
+            pages = RankPages(
+                cfg, layout, mesh, 1 + sum(-(-a.rank // PAGE) for a in layouts), dtype
+            )
             free = list(range(pages.num_pages, 0, -1))  # not in order, and one stays unused
             for adapter in layouts:
                 staged.append(pages.stage(adapter))
-                self.owned.append([free.pop(0) for _ in range(adapter.pages)])
+                self.owned.append([free.pop(0) for _ in range(staged[-1].pages)])
                 pages.write(staged[-1], self.owned[-1])
             self.pools = pages.pools
             pool_specs = jax.tree.map(lambda pool: pool.sharding.spec, pages.pools)
