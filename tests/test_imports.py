@@ -56,6 +56,7 @@ ALLOWED = {
     | {"kernels_pallas"},
     "jlora.adapters": HOST
     | {"jlora.adapters", "jlora.models.config", "jlora.sharding", "kernels_pallas"},
+    "jlora.merging": HOST | {"jlora.models", "jlora.adapters", "jlora.sharding"},
     "jlora.engine": HOST
     | {"jlora.engine", "jlora.models", "jlora.adapters", "jlora.batch", "jlora.sharding"}
     | {"jlora.ops", "kernels_pallas"},  # types of a step's arrays, and the copy of active pages
@@ -66,7 +67,7 @@ ALLOWED = {
 }
 """Package or module -> prefixes of what it may import of this repository. The longest key counts."""
 
-COMMANDS = {"jlora.serve", "jlora.generate", "jlora.bench"}
+COMMANDS = {"jlora.serve", "jlora.generate", "jlora.bench", "jlora.merge"}
 """`python -m` modules: they may import anything, nobody imports them."""
 
 
