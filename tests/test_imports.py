@@ -67,7 +67,7 @@ ALLOWED = {
 }
 """Package or module -> prefixes of what it may import of this repository. The longest key counts."""
 
-COMMANDS = {"jlora.serve", "jlora.generate", "jlora.bench", "jlora.merge"}
+COMMANDS = {"jlora.serve", "jlora.generate", "jlora.bench", "jlora.merge", "jlora.inspect"}
 """`python -m` modules: they may import anything, nobody imports them."""
 
 
