@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jlora.adapters.entry import AdapterEntry
 from jlora.adapters.peft import read_adapter
 from jlora.adapters.pool import RankPages, page_bytes
 from jlora.adapters.store import AdapterStore
@@ -106,8 +107,9 @@ def build_engine(options: ModelOptions, *, progress: Progress | None = None) -> 
         vocab=cfg.vocab,
     )
     store.on_change = engine.wake
-    _load_adapters(options, store)  # before compiling: a bad path is told at once
+    entries = _load_adapters(options, store)  # before compiling: a bad path is told at once
     runner.warm_up(shapes, lambda done, total: tell("compiling steps", done, total))
+    _place(entries, store, rank_pages)
     engine.start()
     return Parts(
         engine=engine,
@@ -244,12 +246,21 @@ def _kv_pages(
     return min(useful, budget // page)
 
 
-def _load_adapters(options: ModelOptions, store: AdapterStore) -> None:
+def _place(entries: Sequence[AdapterEntry], store: AdapterStore, rank_pages: RankPages) -> None:
+    """The adapters of the start on the device, while there is room: the first requests need not wait."""
+    placed: list[AdapterEntry] = []
+    for entry in entries:
+        placement = store.place(entry, placed)
+        if placement is not None:
+            rank_pages.write(placement.staged, placement.pages)
+            placed.append(entry)
+
+
+def _load_adapters(options: ModelOptions, store: AdapterStore) -> list[AdapterEntry]:
     """The adapters of the command line; the embedded model brings its demo adapters."""
     modules = list(options.adapters)
     if options.model is None:
         named = {module.name for module in modules}
         demo = (LoraModule(name=name, path=str(path)) for name, path in DEMO_ADAPTERS.items())
         modules = [module for module in demo if module.name not in named] + modules
-    for module in modules:
-        store.load(module.name, module.path, pinned=module.pinned)
+    return [store.load(module.name, module.path, pinned=module.pinned) for module in modules]
