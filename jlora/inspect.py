@@ -16,9 +16,9 @@ from jlora.adapters.peft import read_adapter
 from jlora.cli import fail, parse
 from jlora.console import setup_logging, size
 from jlora.errors import JloraError, ParameterError
-from jlora.merging import tensor_name
 from jlora.models.checkpoint import Checkpoint
 from jlora.models.config import PROJECTIONS, ModelConfig
+from jlora.models.weights import tensor_name
 
 PROG = "jlora.inspect"
 

@@ -123,22 +123,26 @@ def verify(options: MergeOptions) -> tuple[float, float]:
         path = Path(folder) / "adapter"
         rank = write_adapter(path, pairs, Path(options.model))
 
-        def scores(model: str, lora: LoRARequest | None) -> np.ndarray:
-            choices = ModelOptions(
-                model=model,
-                dtype="float32",
-                max_model_len=VERIFY_TOKENS + 16,
-                max_num_seqs=1,
-                max_num_batched_tokens=64,
-                max_loras=-(-rank // 64),
-            )
-            with LLM.load(choices) as llm:
-                return score(llm, prompt, lora)
-
-        base = scores(options.model, None)
-        unmerged = scores(options.model, LoRARequest("adapter", 1, str(path)))
-    merged = scores(options.output, None)
+        with _load(options.model, rank) as llm:
+            base = score(llm, prompt, None)
+            unmerged = score(llm, prompt, LoRARequest("adapter", 1, str(path)))
+    with _load(options.output, rank) as llm:
+        merged = score(llm, prompt, None)
     return float(np.abs(merged - unmerged).max()), float(np.abs(unmerged - base).max())
+
+
+def _load(model: str, rank: int) -> LLM:
+    """A float32 engine just large enough for the prompt and an adapter of `rank`."""
+    return LLM.load(
+        ModelOptions(
+            model=model,
+            dtype="float32",
+            max_model_len=VERIFY_TOKENS + 16,
+            max_num_seqs=1,
+            max_num_batched_tokens=64,
+            max_loras=-(-rank // 64),
+        )
+    )
 
 
 def score(llm: LLM, prompt: list[int], lora: LoRARequest | None) -> np.ndarray:

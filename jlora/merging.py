@@ -23,7 +23,7 @@ from jlora.errors import AdapterError, ModelError, ParameterError
 from jlora.models.checkpoint import INDEX, SINGLE, Checkpoint, Stored
 from jlora.models.config import ModelConfig
 from jlora.models.weights import sources as sources_of
-from jlora.models.weights import tensor_shapes
+from jlora.models.weights import tensor_name, tensor_shapes
 from jlora.sharding import Layout
 
 Combination = Literal["cat", "linear"]
@@ -37,7 +37,6 @@ DTYPES = {
 }
 """numpy's type and the safetensors name of each type that is written."""
 
-_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 
 
@@ -86,12 +85,6 @@ def _linear(here: list[tuple[LoraWeights, float]]) -> Pair:
     a = [p.a.astype(np.float32) * (r * s) for (p, _), r, s in zip(here, roots, signs, strict=True)]
     b = [p.b.astype(np.float32) * r for (p, _), r in zip(here, roots, strict=True)]
     return Pair(a=np.sum(a, axis=0), b=np.sum(b, axis=0))
-
-
-def tensor_name(layer: int, projection: str) -> str:
-    """The checkpoint's name of a projection's weight."""
-    module = "self_attn" if projection in _ATTENTION else "mlp"
-    return f"model.layers.{layer}.{module}.{projection}.weight"
 
 
 def merge_checkpoint(

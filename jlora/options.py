@@ -120,7 +120,7 @@ class ModelOptions:
     """Adapters kept in host memory; others are read from disk when they are asked for. Default: all."""
 
     lora_memory: str | None = None
-    """Memory for adapters on each device, e.g. 512MiB, or 32pages of 16 rank rows each. Default: room for max_loras adapters of rank 64."""
+    """Memory for adapters on each device, e.g. 512MiB, or 32pages (of 16 rank rows on a GPU, 8 on a CPU). Default: room for max_loras adapters of rank 64."""
 
     lora_host_memory: str | None = None
     """Host memory for adapters, e.g. 4GiB. Default: no limit."""

@@ -117,6 +117,12 @@ def _norm(path: tuple[str | int, ...], tensor: str, width: int) -> Source:
     )
 
 
+def tensor_name(layer: int, projection: str, kind: str = "weight") -> str:
+    """The checkpoint's name of a projection's weight or bias."""
+    attention = projection in (*GROUPS["qkv"], *GROUPS["o"])
+    return f"model.layers.{layer}.{'self_attn' if attention else 'mlp'}.{projection}.{kind}"
+
+
 def _layer(cfg: ModelConfig, layout: Layout, layer: int) -> Iterator[Source]:
     here, prefix = ("layers", layer), f"model.layers.{layer}"
     yield _norm((*here, "attn_norm"), f"{prefix}.input_layernorm.weight", cfg.embed)
@@ -125,12 +131,11 @@ def _layer(cfg: ModelConfig, layout: Layout, layer: int) -> Iterator[Source]:
         for name in ("q_norm", "k_norm"):
             yield _norm((*here, name), f"{prefix}.self_attn.{name}.weight", cfg.head_dim)
     for group in GROUPS:
-        module = f"{prefix}.{'self_attn' if group in ('qkv', 'o') else 'mlp'}"
         runs, axes = layout.output_index(group), GROUP_AXES[group]
         yield Source(
             path=(*here, group, "weight", "kernel"),
             axes=axes,
-            parts=tuple((f"{module}.{part}.weight", rows) for part, rows in runs),
+            parts=tuple((tensor_name(layer, part), rows) for part, rows in runs),
             columns=layout.input_index(group),
             tensor_shape=(-1, cfg.shape(GROUPS[group][0])[0]),
             transposed=True,
@@ -139,7 +144,7 @@ def _layer(cfg: ModelConfig, layout: Layout, layer: int) -> Iterator[Source]:
             yield Source(
                 path=(*here, group, "bias"),
                 axes=axes[1:],
-                parts=tuple((f"{module}.{part}.bias", rows) for part, rows in runs),
+                parts=tuple((tensor_name(layer, part, "bias"), rows) for part, rows in runs),
                 tensor_shape=(-1,),
             )
 
