@@ -5,22 +5,19 @@ named implementation never falls back: what it cannot do is a NotImplementedErro
 best for the default backend, and says once in the log what it picked where that is no kernel.
 """
 
-import logging
-from functools import cache
 from types import ModuleType
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from kernels_pallas.hardware import is_hopper, say_once
 from kernels_pallas.lora_matmul import reference, xla
 from kernels_pallas.lora_matmul.types import PAGE, ActivePages, RankPool, Segments
 
 IMPLEMENTATIONS = ("reference", "xla", "hopper")
 FUSED_ROWS = 256
 """With more rows a step is bound by arithmetic, and XLA's own matmuls win."""
-
-_log = logging.getLogger(__name__)
 
 
 def lora_delta(
@@ -79,7 +76,7 @@ def _fused(
     automatic = implementation is None
     if implementation not in (None, "hopper"):
         return None
-    if automatic and (not _is_hopper() or x.shape[0] > FUSED_ROWS):
+    if automatic and (not is_hopper("lora_matmul") or x.shape[0] > FUSED_ROWS):
         return None
     if not isinstance(pool, RankPool):
         raise NotImplementedError("the fused kernel takes a RankPool: it copies no pages out")
@@ -94,24 +91,8 @@ def _fused(
     except NotImplementedError as reason:
         if not automatic:
             raise
-        _say_once(f"lora_matmul: no fused kernel, XLA instead ({reason})")
+        say_once(f"lora_matmul: no fused kernel, XLA instead ({reason})")
         return None
-
-
-@cache
-def _is_hopper() -> bool:
-    if jax.default_backend() != "gpu":
-        return False
-    device = jax.devices()[0]
-    if getattr(device, "compute_capability", "") == "9.0":
-        return True
-    _say_once(f"lora_matmul: no fused kernel for {device.device_kind}, XLA instead")
-    return False
-
-
-@cache
-def _say_once(message: str) -> None:
-    _log.warning(message)
 
 
 def _module(implementation: str | None) -> ModuleType:

@@ -5,20 +5,15 @@ A named implementation never falls back: what it cannot do is a NotImplementedEr
 for the default backend, and says once in the log why it is no kernel on a GPU.
 """
 
-import logging
-from functools import cache
-
-import jax
 from jaxtyping import Array, Float, Int
 
+from kernels_pallas.hardware import is_hopper, say_once
 from kernels_pallas.paged_attention import xla
 
 IMPLEMENTATIONS = ("xla", "hopper")
 
 HOPPER_BY_DEFAULT = False
 """The kernels as they are now ran in the interpreter only; True once tests/gpu passes on a card."""
-
-_log = logging.getLogger(__name__)
 
 
 def paged_attention(
@@ -53,7 +48,7 @@ def paged_attention(
             f"paged_attention has no implementation {implementation!r}; there are {IMPLEMENTATIONS}"
         )
     args = (q, keys, values, tables, positions)
-    if implementation == "hopper" or (implementation is None and _is_hopper()):
+    if implementation == "hopper" or (implementation is None and _by_default()):
         from kernels_pallas.paged_attention import hopper  # imports Mosaic GPU: only where used
 
         try:
@@ -63,26 +58,15 @@ def paged_attention(
         except NotImplementedError as reason:
             if implementation is not None:
                 raise
-            _say_once(f"paged_attention: no kernel, XLA instead ({reason})")
+            say_once(f"paged_attention: no kernel, XLA instead ({reason})")
     return xla.paged_attention(
         *args, decode=decode, block=block, scale=scale, window=window, softcap=softcap
     )
 
 
-@cache
-def _is_hopper() -> bool:
-    if jax.default_backend() != "gpu":
+def _by_default() -> bool:
+    if not is_hopper("paged_attention"):
         return False
     if not HOPPER_BY_DEFAULT:
-        _say_once("paged_attention: the Hopper kernels are not the default yet, XLA instead")
-        return False
-    device = jax.devices()[0]
-    if getattr(device, "compute_capability", "") == "9.0":
-        return True
-    _say_once(f"paged_attention: no kernel for {device.device_kind}, XLA instead")
-    return False
-
-
-@cache
-def _say_once(message: str) -> None:
-    _log.warning(message)
+        say_once("paged_attention: the Hopper kernels are not the default yet, XLA instead")
+    return HOPPER_BY_DEFAULT
