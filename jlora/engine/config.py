@@ -167,7 +167,9 @@ def buckets(config: EngineConfig) -> list[Shape]:
     """Every shape to compile: each bucket of rows and tokens, without and with LoRA.
 
     Few rows have few adapters, so a small step comes with few rank pages only: a step with few
-    rows and many pages (one adapter of a high rank) is padded to more rows.
+    rows and many pages (one adapter of a high rank) is padded to more rows. A large step comes
+    with no fewer rank rows than tokens, about: padding pages cost it little, a program costs a
+    start half a second.
     """
     sizes = [(rows, 0) for rows in config.decode_buckets] + list(config.prefill_buckets)
     largest = {sizes[len(config.decode_buckets) - 1], sizes[-1]}
@@ -175,7 +177,8 @@ def buckets(config: EngineConfig) -> list[Shape]:
     for decode, prefill in sizes:
         rows = decode + prefill // config.prefill_block
         most = max(32, 24 * rows) // config.rank_page
-        ranks = {r for r in config.rank_page_buckets if r <= most}
+        least = min(128, (decode + prefill) * 3 // 4) // config.rank_page
+        ranks = {r for r in config.rank_page_buckets if least <= r <= most}
         if not prefill and not config.padding_pages_cost:
             ranks = set()
         if (decode, prefill) in largest or not ranks:
