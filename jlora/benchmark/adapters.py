@@ -57,12 +57,17 @@ def write_random_adapter(
 
 
 def write_random_adapters(
-    root: str | Path, cfg: ModelConfig, ranks: Sequence[int], *, seed: int = 0
+    root: str | Path,
+    cfg: ModelConfig,
+    ranks: Sequence[int],
+    *,
+    modules: Sequence[str] = PROJECTIONS,
+    seed: int = 0,
 ) -> dict[str, Path]:
     """One adapter per rank, as `root/random-0`, `root/random-1` and so on; name -> folder."""
     return {
         f"random-{i}": write_random_adapter(
-            Path(root) / f"random-{i}", cfg, rank=rank, seed=seed + i
+            Path(root) / f"random-{i}", cfg, rank=rank, modules=modules, seed=seed + i
         )
         for i, rank in enumerate(ranks)
     }

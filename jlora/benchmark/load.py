@@ -1,16 +1,18 @@
-"""The load: prompts, a closed loop of clients, and what one run of it says.
-
-Closed loop: each of `concurrency` clients sends its next request when its last one has ended.
-"""
+"""The load: requests sent in a closed loop or at their own times, and what one run of it says."""
 
 import asyncio
-import random
+import itertools
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+
+from jlora.benchmark.workload import Request
+
+Job = tuple[str, Request]
+"""The model that a request names, and the request."""
 
 
 class Target(Protocol):
@@ -22,68 +24,66 @@ class Target(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Workload:
-    """What every request looks like."""
-
-    input_len: int
-    """Prompt tokens."""
-    output_len: int
-    """Tokens to generate."""
-    vocab: int
-    """Prompt tokens are drawn below this id."""
-    seed: int = 0
-
-    def prompts(self, count: int, *label: object) -> list[list[int]]:
-        """`count` random prompts; the same for the same label, else distinct from all others, so
-        that no prefix cache helps and every target gets the same ones."""
-        rng = random.Random(repr((self.seed, *label)))
-        return [[rng.randrange(self.vocab) for _ in range(self.input_len)] for _ in range(count)]
-
-
-@dataclass(frozen=True, kw_only=True)
 class Timing:
     """One request, in seconds."""
 
     first: float
-    """From sending to the first token."""
+    """From its arrival to the first token."""
     gaps: list[float]
     """Between tokens; tokens that come together have a gap of 0."""
     tokens: int
 
+    @property
+    def total(self) -> float:
+        """From its arrival to the last token."""
+        return self.first + sum(self.gaps)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One closed loop, in tokens per second and milliseconds."""
+    """One run, in tokens and requests per second, and milliseconds."""
 
     tok_s: float
+    req_s: float
     ttft_p50: float
     ttft_p99: float
     itl_p50: float
     itl_p99: float
+    latency_p50: float
+    latency_p99: float
     tokens: int
+    requests: int
     seconds: float
 
 
 def run_of(timings: Sequence[Timing], seconds: float) -> Run:
     """The figures of requests that together took `seconds`."""
-    firsts = [timing.first for timing in timings]
-    gaps = [gap for timing in timings for gap in timing.gaps] or [0.0]
-    ttft, itl = (1e3 * np.percentile(values, [50, 99]) for values in (firsts, gaps))
+    values = {
+        "ttft": [timing.first for timing in timings],
+        "itl": [gap for timing in timings for gap in timing.gaps],
+        "latency": [timing.total for timing in timings],
+    }
+    percentiles = {
+        f"{name}_p{percent}": float(1e3 * np.percentile(found or [0.0], percent))
+        for name, found in values.items()
+        for percent in (50, 99)
+    }
     tokens = sum(timing.tokens for timing in timings)
     return Run(
         tok_s=tokens / seconds,
-        ttft_p50=float(ttft[0]),
-        ttft_p99=float(ttft[1]),
-        itl_p50=float(itl[0]),
-        itl_p99=float(itl[1]),
+        req_s=len(timings) / seconds,
         tokens=tokens,
+        requests=len(timings),
         seconds=seconds,
+        **percentiles,
     )
 
 
-async def time_request(target: Target, model: str, prompt: list[int], max_tokens: int) -> Timing:
-    """Send one request and read it to its end."""
-    start = last = time.perf_counter()
+async def time_request(
+    target: Target, model: str, prompt: list[int], max_tokens: int, arrived: float | None = None
+) -> Timing:
+    """Send one request and read it to its end. `arrived`: when it should have been sent."""
+    start = last = time.perf_counter() if arrived is None else arrived
     first, tokens = 0.0, 0
     gaps: list[float] = []
     async for count in target.generate(model, prompt, max_tokens):
@@ -100,30 +100,64 @@ async def time_request(target: Target, model: str, prompt: list[int], max_tokens
 
 async def closed_loop(
     target: Target,
-    models: Sequence[str],
-    prompts: Sequence[list[int]],
+    jobs: Iterator[Job],
     *,
-    output_len: int,
-    concurrency: int,
+    clients: int,
+    count: int | None = None,
+    duration: float | None = None,
     on_done: Callable[[], None] = lambda: None,
 ) -> Run:
-    """Run all prompts, rotating over `models`, with `concurrency` requests in flight."""
-    todo = iter(enumerate(prompts))
+    """`clients` requests in flight, until `count` were sent or `duration` seconds are over; requests
+    that run then are awaited and counted."""
     timings: list[Timing] = []
+    todo = itertools.islice(jobs, count)
+    start = time.perf_counter()
 
     async def client() -> None:
-        for number, prompt in todo:
-            model = models[number % len(models)]
-            timings.append(await time_request(target, model, prompt, output_len))
+        for model, request in todo:
+            timings.append(await time_request(target, model, request.prompt, request.output_len))
             on_done()
+            if duration is not None and time.perf_counter() - start >= duration:
+                return
 
+    await _together([asyncio.ensure_future(client()) for _ in range(clients)])
+    return run_of(timings, time.perf_counter() - start)
+
+
+async def open_loop(
+    target: Target,
+    jobs: Iterator[Job],
+    *,
+    count: int | None = None,
+    duration: float | None = None,
+    on_done: Callable[[], None] = lambda: None,
+) -> Run:
+    """Each request at its own time, however many run already; times count from then on."""
+    timings: list[Timing] = []
+    todo = list(
+        itertools.takewhile(
+            lambda job: duration is None or job[1].at < duration, itertools.islice(jobs, count)
+        )
+    )
     start = time.perf_counter()
-    clients = [asyncio.ensure_future(client()) for _ in range(concurrency)]
+
+    async def send(model: str, request: Request) -> None:
+        arrived = start + request.at
+        await asyncio.sleep(arrived - time.perf_counter())
+        timings.append(
+            await time_request(target, model, request.prompt, request.output_len, arrived)
+        )
+        on_done()
+
+    await _together([asyncio.ensure_future(send(*job)) for job in todo])
+    return run_of(timings, time.perf_counter() - start)
+
+
+async def _together(tasks: list[asyncio.Future[None]]) -> None:
     try:
-        await asyncio.gather(*clients)
+        await asyncio.gather(*tasks)
     finally:
-        for task in clients:
+        for task in tasks:
             task.cancel()
         # The others end before the target is closed under them.
-        await asyncio.gather(*clients, return_exceptions=True)
-    return run_of(timings, time.perf_counter() - start)
+        await asyncio.gather(*tasks, return_exceptions=True)

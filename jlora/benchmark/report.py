@@ -3,6 +3,7 @@
 import os
 import platform
 import shlex
+import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -14,9 +15,13 @@ from rich.console import Console
 from rich.table import Table
 
 COLUMNS = {
-    "concurrency": "clients",
-    "case": "case",
+    "load": "load",
+    "system": "system",
+    "adapters": "n",
+    "popularity": "popularity",
+    "ranks": "ranks",
     "tok_s": "tok/s",
+    "spread": "spread",
     "ratio_to_base": "of base",
     "ttft_p50": "TTFT p50 ms",
     "ttft_p99": "p99",
@@ -25,28 +30,44 @@ COLUMNS = {
 }
 """Key of a result -> heading."""
 
+LEFT = ("system", "popularity", "ranks")
+
 
 def print_table(rows: Sequence[dict[str, Any]], title: str) -> None:
     """The results on stdout."""
     table = Table(title=title, title_justify="left")
-    for heading in COLUMNS.values():
-        table.add_column(heading, justify="left" if heading == "case" else "right")
+    for key, heading in COLUMNS.items():
+        table.add_column(heading, justify="left" if key in LEFT else "right")
     last = None
     for row in rows:
-        if last not in (None, row["concurrency"]):
+        if last not in (None, row["load"]):
             table.add_section()
-        last = row["concurrency"]
-        table.add_row(*(_cell(key, row[key]) for key in COLUMNS))
+        last = row["load"]
+        table.add_row(*(_cell(key, row) for key in COLUMNS))
     # A pipe has no width; 80 columns would fold the headings.
-    Console(width=None if sys.stdout.isatty() else 100).print(table)
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
 
 
-def _cell(key: str, value: Any) -> str:
-    if value is None:
+def _cell(key: str, row: dict[str, Any]) -> str:
+    if key == "spread":
+        return spread(row["tok_s_rounds"])
+    if key in ("adapters", "popularity") and row["adapters"] < (1 if key == "adapters" else 2):
         return "-"
+    value = row[key]
+    if value is None or value == "":
+        return "-"
+    if key == "load":
+        return f"{value:g}"
     if isinstance(value, float):
         return f"{value:.2f}" if key in ("ratio_to_base", "itl_p50", "itl_p99") else f"{value:.1f}"
     return str(value)
+
+
+def spread(values: Sequence[float]) -> str:
+    """Half of the range as a share of the median: what repeats differ by."""
+    if len(values) < 2:
+        return "-"
+    return f"±{(max(values) - min(values)) / 2 / statistics.median(values):.0%}"
 
 
 def provenance(argv: Sequence[str]) -> dict[str, Any]:

@@ -3,120 +3,208 @@ and what is reported are medians over the rounds.
 """
 
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import asdict, dataclass, field, fields
+from itertools import islice
+from typing import Any, Literal, Protocol
 
-from jlora.benchmark.load import Run, Target, Workload, closed_loop, time_request
+from jlora.benchmark.load import Job, Run, Target, closed_loop, open_loop, time_request
+from jlora.benchmark.workload import Popularity, Workload
 
-CASES = ("base", "one", "mixed")
-"""The base model; one adapter; all adapters, in turn."""
+System = Literal["base", "compiled", "merged", "unmerged"]
+"""base: the base model, steps without LoRA. compiled: the base model in steps that have LoRA compiled
+in. merged: one adapter at a time in the weights, switched when requests ask for another one.
+unmerged: all adapters in one batch."""
 
 WARM_TOKENS = 4
-"""Tokens of the request that every model gets before anything is measured."""
+"""Tokens of the request that a model gets before anything is measured."""
+
+WARM_MODELS = 8
+"""Adapters of a case that get one; more would take longer than what is measured."""
 
 
-def models_of(names: Sequence[str]) -> dict[str, list[str]]:
-    """The cases that a base model and its adapters allow -> the models that their requests name."""
-    base, *adapters = names
-    cases = {"base": [base]}
-    if adapters:
-        cases |= {"one": adapters[:1], "mixed": adapters}
-    return cases
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One thing to compare. Numbers of adapters count within the adapters of its ranks."""
+
+    system: System
+    adapters: int = 0
+    """0 for base and compiled."""
+    popularity: Popularity = "distinct"
+    ranks: str = ""
+    """Ranks of the adapters, as given; a server does not tell."""
+    models: tuple[str, ...] = ()
+    """Names: of the base model, or of the adapters."""
+
+    @property
+    def label(self) -> str:
+        """Short and unique: `unmerged 5 zipf r16`."""
+        if not self.adapters:
+            return self.system
+        ranks = f" r{self.ranks}" if self.ranks else ""
+        popularity = f" {self.popularity}" if self.adapters > 1 else ""
+        return f"{self.system} {self.adapters}{popularity}{ranks}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """One closed loop of one case."""
+    """One run of one case."""
 
     round: int
-    case: str
-    concurrency: int
+    load: float
+    """Clients of a closed loop, or requests per second."""
+    case: Case
     run: Run
+    seen: dict[str, float] = field(default_factory=dict)
+    """What the target says about it: evictions, memory and so on."""
+
+    @property
+    def key(self) -> str:
+        """What it is a measurement of."""
+        return key(self.round, self.load, self.case)
+
+
+def key(number: int, load: float, case: Case) -> str:
+    """A measurement's place in the schedule."""
+    return f"{number}|{load:g}|{case.label}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """What is measured, in order: each round has every concurrency, and there every case."""
+    """What is measured, in order: each round has every load, and there every case."""
 
-    cases: Mapping[str, Sequence[str]]
-    """Case -> models."""
-    concurrency: Sequence[int]
-    num_prompts: int | None
-    """Requests of a closed loop; None: two for each client and at least six."""
+    cases: Sequence[Case]
+    loads: Sequence[float]
     repeats: int
+    closed: bool = True
+    num_prompts: int | None = None
+    """Requests of a run; None: two for each client and at least six, or those of `duration`."""
+    duration: float | None = None
+    """Seconds in which requests are sent."""
 
-    def prompts_at(self, concurrency: int) -> int:
-        """Requests of one closed loop."""
-        return self.num_prompts or max(6, 2 * concurrency)
+    def count(self, load: float) -> int | None:
+        """Requests of one run; None: as many as its duration holds."""
+        if self.num_prompts or self.duration:
+            return self.num_prompts
+        return max(6, 2 * int(load))
 
-    @property
-    def requests(self) -> int:
-        """All requests that are measured."""
-        per_round = len(self.cases) * sum(map(self.prompts_at, self.concurrency))
-        return self.repeats * per_round
-
-    def steps(self) -> Iterator[tuple[int, int, str]]:
-        """(round, concurrency, case). Odd rounds go backwards: no case always follows another."""
+    def steps(self) -> Iterator[tuple[int, float, Case]]:
+        """(round, load, case). Odd rounds go backwards: no case always follows another."""
         for number in range(self.repeats):
-            cases = list(self.cases)
-            for concurrency in self.concurrency:
-                for case in cases if number % 2 == 0 else reversed(cases):
-                    yield number, concurrency, case
+            for load in self.loads:
+                for case in self.cases if number % 2 == 0 else reversed(self.cases):
+                    yield number, load, case
+
+    def __len__(self) -> int:
+        return self.repeats * len(self.loads) * len(self.cases)
+
+
+class Subject(Protocol):
+    """What is measured: its targets by case, and what it says about itself."""
+
+    def target(self, case: Case) -> AbstractAsyncContextManager[Target]:
+        """What takes the requests of this case."""
+        ...
+
+    def counters(self) -> dict[str, float]:
+        """Totals since the start."""
+        ...
+
+    def gauges(self) -> dict[str, float]:
+        """Values of now."""
+        ...
 
 
 async def measure(
+    subject: Subject,
+    workload: Workload,
+    schedule: Schedule,
+    *,
+    skip: frozenset[str] = frozenset(),
+    on_request: Callable[[], None] = lambda: None,
+) -> AsyncIterator[Measurement]:
+    """Runs the schedule but for the keys of `skip`; every case is warmed up before its first run."""
+    warm: set[str] = set()
+    for number, load, case in schedule.steps():
+        if key(number, load, case) in skip:
+            continue
+        async with subject.target(case) as target:
+            if case.label not in warm:
+                await _warm_up(target, workload, case)
+                warm.add(case.label)
+            before = subject.counters()
+            run = await _run(target, workload, schedule, number, load, case, on_request)
+            seen = {name: value - before[name] for name, value in subject.counters().items()}
+        seen |= subject.gauges()
+        yield Measurement(round=number, load=load, case=case, run=run, seen=seen)
+
+
+def jobs(workload: Workload, number: int, load: float, case: Case) -> Iterator[Job]:
+    """The requests of one run, without end."""
+    requests = workload.requests(
+        number,
+        load,
+        case=case.label,
+        adapters=case.adapters,
+        popularity=case.popularity,
+        rate=load,
+    )
+    for request in requests:
+        yield case.models[request.adapter or 0], request
+
+
+async def _warm_up(target: Target, workload: Workload, case: Case) -> None:
+    # The first one twice: merged must have switched from the last one back to it.
+    names = case.models[:WARM_MODELS]
+    drawn = workload.requests("warm", case=case.label)
+    for name, request in zip([*names, names[0]], islice(drawn, len(names) + 1), strict=True):
+        await time_request(target, name, request.prompt, min(WARM_TOKENS, request.output_len))
+
+
+async def _run(
     target: Target,
     workload: Workload,
     schedule: Schedule,
-    done: list[Measurement],
-    on_request: Callable[[], None] = lambda: None,
-) -> None:
-    """Warm every model up, then run the schedule. Results go to `done` as they come, so that the
-    caller has them if this is cut."""
-    names = dict.fromkeys(name for models in schedule.cases.values() for name in models)
-    for name in names:
-        (prompt,) = workload.prompts(1, "warm", name)
-        await time_request(target, name, prompt, min(WARM_TOKENS, workload.output_len))
-    for number, concurrency, case in schedule.steps():
-        prompts = workload.prompts(schedule.prompts_at(concurrency), number, concurrency, case)
-        run = await closed_loop(
-            target,
-            schedule.cases[case],
-            prompts,
-            output_len=workload.output_len,
-            concurrency=concurrency,
-            on_done=on_request,
-        )
-        done.append(Measurement(round=number, case=case, concurrency=concurrency, run=run))
+    number: int,
+    load: float,
+    case: Case,
+    on_request: Callable[[], None],
+) -> Run:
+    given = jobs(workload, number, load, case)
+    limits: dict[str, Any] = {"count": schedule.count(load), "duration": schedule.duration}
+    if schedule.closed:
+        return await closed_loop(target, given, clients=int(load), on_done=on_request, **limits)
+    return await open_loop(target, given, on_done=on_request, **limits)
 
 
 def summarise(done: Sequence[Measurement]) -> list[dict[str, Any]]:
-    """Medians over the rounds for every case and concurrency, and the ratio to base: the median of
-    the rounds' own ratios, since a round's runs are neighbours in time."""
-    groups: dict[tuple[int, str], list[Measurement]] = {}
+    """Medians over the rounds for every load and case, and the ratio to base: the median of the
+    rounds' own ratios, since a round's runs are neighbours in time."""
+    groups: dict[tuple[float, str], list[Measurement]] = {}
     for one in done:
-        groups.setdefault((one.concurrency, one.case), []).append(one)
-    bases = {(one.round, one.concurrency): one.run.tok_s for one in done if one.case == "base"}
+        groups.setdefault((one.load, one.case.label), []).append(one)
+    bases = {(one.round, one.load): one.run.tok_s for one in done if one.case.system == "base"}
     rows = []
-    for (concurrency, case), group in groups.items():
+    for (load, label), group in groups.items():
         ratios = [
             one.run.tok_s / base
             for one in group
-            if (base := bases.get((one.round, one.concurrency))) is not None
+            if (base := bases.get((one.round, one.load))) is not None
         ]
-        medians = {
-            field.name: round(statistics.median(getattr(one.run, field.name) for one in group), 3)
-            for field in fields(Run)
-        }
-        rows.append(
-            {
-                "case": case,
-                "concurrency": concurrency,
-                **medians,
-                "ratio_to_base": round(statistics.median(ratios), 4) if ratios else None,
-                "tok_s_rounds": [round(one.run.tok_s, 3) for one in group],
-            }
-        )
-    order = {case: number for number, case in enumerate(CASES)}
-    return sorted(rows, key=lambda row: (row["concurrency"], order[row["case"]]))
+        row: dict[str, Any] = {"case": label, **_facts(group[0].case), "load": load}
+        for name in (found.name for found in fields(Run)):
+            row[name] = round(statistics.median(getattr(one.run, name) for one in group), 3)
+        for name in group[0].seen:
+            row[name] = statistics.median(one.seen.get(name, 0) for one in group)
+        row["ratio_to_base"] = round(statistics.median(ratios), 4) if ratios else None
+        row["ratio_rounds"] = [round(ratio, 4) for ratio in ratios]
+        row["tok_s_rounds"] = [round(one.run.tok_s, 3) for one in group]
+        rows.append(row)
+    return sorted(rows, key=lambda row: row["load"])  # stable: cases stay in order
+
+
+def _facts(case: Case) -> dict[str, Any]:
+    facts = asdict(case)
+    del facts["models"]
+    return facts

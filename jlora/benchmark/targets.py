@@ -39,12 +39,14 @@ class EngineTarget:
 class HttpTarget:
     """A server; use it as an async context manager."""
 
-    def __init__(self, base_url: str, *, concurrency: int):
+    def __init__(self, base_url: str, *, closed: bool = True):
+        """`closed`: connections stay open, as a client's in a closed loop do."""
         # Lazy: a benchmark in process does without.
         import httpx
 
         self._url = base_url.rstrip("/").removesuffix("/v1")
-        limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
+        # No limit: the load alone decides how many requests run.
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None if closed else 100)
         self._client = httpx.AsyncClient(timeout=TIMEOUT, limits=limits, trust_env=False)
         self._failures = (httpx.HTTPError, httpx.InvalidURL)
 

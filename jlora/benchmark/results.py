@@ -1,0 +1,100 @@
+"""Results on disk: JSON lines that say where they come from, so that a run that was cut goes on.
+
+A `session` line (versions, commit, command, device) is followed by its `run` lines. Runs of other
+settings may lie in the same file: `settings` tells them apart.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from jlora.benchmark.load import Run
+from jlora.benchmark.rounds import Case, Measurement
+from jlora.errors import ParameterError
+
+
+def fingerprint(settings: dict[str, Any]) -> str:
+    """Equal for equal settings, in every process."""
+    text = json.dumps(settings, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+class Results:
+    """One file; without a path, nothing is kept."""
+
+    def __init__(self, path: str | None, settings: dict[str, Any]):
+        self._path = None if path is None else Path(path)
+        self._settings = fingerprint(settings)
+        self.done = self._read()
+        """What earlier runs of the same settings have measured."""
+
+    @property
+    def keys(self) -> frozenset[str]:
+        """What need not be measured any more."""
+        return frozenset(one.key for one in self.done)
+
+    def open_session(self, facts: dict[str, Any]) -> None:
+        """Says where the measurements that follow come from."""
+        self._write({"kind": "session", "settings": self._settings, **facts})
+
+    def add(self, one: Measurement) -> None:
+        """Keeps a measurement."""
+        self.done.append(one)
+        case = asdict(one.case)
+        del case["models"]
+        line = {"kind": "run", "settings": self._settings, "round": one.round, "load": one.load}
+        run = {name: round(value, 3) for name, value in asdict(one.run).items()}
+        self._write({**line, "case": case, **run, "seen": one.seen})
+
+    def _write(self, line: dict[str, Any]) -> None:
+        if self._path is None:
+            return
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def _read(self) -> list[Measurement]:
+        if self._path is None or not self._path.exists():
+            return []
+        return [
+            measurement(line)
+            for line in read_lines(self._path)
+            if line["kind"] == "run" and line["settings"] == self._settings
+        ]
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """All lines of a results file. ParameterError if it is something else."""
+    lines = []
+    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            line = json.loads(text)
+            line["kind"], line["settings"]
+        except (ValueError, KeyError, TypeError):
+            raise ParameterError(
+                f"{path}: line {number} is not a benchmark's result; name another file or repair it",
+                "out",
+            ) from None
+        lines.append(line)
+    return lines
+
+
+def measurement(line: dict[str, Any]) -> Measurement:
+    """The measurement of a `run` line."""
+    run = {name: line[name] for name in Run.__dataclass_fields__}
+    return Measurement(
+        round=line["round"],
+        load=line["load"],
+        case=Case(**line["case"]),
+        run=Run(**run),
+        seen=line["seen"],
+    )
+
+
+def last_session(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The newest `session` line, or nothing."""
+    sessions = [line for line in lines if line["kind"] == "session"]
+    return sessions[-1] if sessions else {}

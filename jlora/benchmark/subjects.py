@@ -1,0 +1,137 @@
+"""What is measured: an engine in this process, as each system of a comparison, or a server."""
+
+import time
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from jlora.benchmark.load import Target
+from jlora.benchmark.rounds import Case
+from jlora.benchmark.targets import EngineTarget
+from jlora.engine.config import buckets, pick
+from jlora.errors import JloraError
+from jlora.llm import LLM
+
+
+class EngineSubject:
+    """An engine in this process. Make it on the running loop."""
+
+    def __init__(self, llm: LLM, folders: Mapping[str, str]):
+        """`folders`: where each adapter lies, for merging."""
+        self._llm, self._folders = llm, folders
+        self._target = EngineTarget(llm)
+        self._merge: Any = None
+
+    @asynccontextmanager
+    async def target(self, case: Case) -> AsyncIterator[Target]:
+        """As `rounds.Subject` says. The weights are the base's again at the end."""
+        if case.system == "merged":
+            from jlora.benchmark.merged import MergedTarget  # lazy: imports jax
+
+            merge = self._in_place(case)
+            try:
+                yield MergedTarget(self._target, self._llm.names[0], merge.switch)
+            finally:
+                self._idle()
+                merge.switch(None)
+        elif case.system == "compiled":
+            restore = self._always_lora()
+            try:
+                yield self._target
+            finally:
+                self._idle()
+                restore()
+        else:
+            yield self._target
+
+    def _in_place(self, case: Case) -> Any:
+        if self._merge is None:
+            from jlora.benchmark.merged import InPlaceMerge  # lazy: imports jax
+
+            self._merge = InPlaceMerge(self._runner)
+        for name in case.models:
+            self._merge.prepare(name, self._folders[name])
+        return self._merge
+
+    def _always_lora(self) -> Any:
+        """Every step runs the program with LoRA that it would run with one adapter."""
+        engine, runner = self._engine, self._runner
+        shapes = [shape for shape in buckets(engine.config) if shape.rank_pages]
+        dispatch = runner.dispatch
+
+        def with_lora(plan: Any, shape: Any, rank_pages: Any) -> Any:
+            pages = max(1, shape.rank_pages)
+            return dispatch(plan, pick(shapes, shape.decode, shape.prefill, pages), rank_pages)
+
+        runner.dispatch = with_lora
+        return partial(setattr, runner, "dispatch", dispatch)
+
+    def _idle(self) -> None:
+        """Until no step is planned any more."""
+        end = time.monotonic() + 60
+        while self._llm.engine.stats().running and self._llm.engine.ready:
+            if time.monotonic() > end:
+                raise JloraError("the engine still runs requests a minute after the last one")
+            time.sleep(0.001)
+
+    @property
+    def _engine(self) -> Any:
+        return self._llm.engine
+
+    @property
+    def _runner(self) -> Any:
+        return self._engine.runner
+
+    def counters(self) -> dict[str, float]:
+        """How often adapters were found where, pushed out, read, and switched."""
+        store = self._llm.store.counters()
+        return {
+            "adapter_loads": store.loads,
+            **{f"found_on_{tier}": count for tier, count in store.hits.items()},
+            **{f"evicted_from_{tier}": count for tier, count in store.evictions.items()},
+            "preemptions": self._llm.engine.stats().preemptions,
+            "switches": self._merge.switches if self._merge else 0,
+            "switch_seconds": round(self._merge.seconds, 3) if self._merge else 0,
+        }
+
+    def gauges(self) -> dict[str, float]:
+        """Memory of this process."""
+        store = self._llm.store.counters()
+        return {
+            **process_memory(),
+            "adapters_host_bytes": store.host_bytes,
+            "rank_pages_used": store.device_pages,
+        }
+
+
+def process_memory() -> dict[str, float]:
+    """Bytes that this process holds now, and the most that it ever held; Linux only."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return {}
+    table = dict(line.split(":", 1) for line in lines)
+    names = {"rss": "VmRSS", "rss_anonymous": "RssAnon", "rss_peak": "VmHWM"}
+    return {name: int(table[key].split()[0]) * 1024 for name, key in names.items() if key in table}
+
+
+class ServerSubject:
+    """A server, of which only the answers are known."""
+
+    def __init__(self, target: Target):
+        self._target = target
+
+    @asynccontextmanager
+    async def target(self, case: Case) -> AsyncIterator[Target]:
+        """As `rounds.Subject` says."""
+        yield self._target
+
+    def counters(self) -> dict[str, float]:
+        """Nothing."""
+        return {}
+
+    def gauges(self) -> dict[str, float]:
+        """Nothing."""
+        return {}
