@@ -1,12 +1,13 @@
 """`python -m jlora.bench`: the load is what it says, figures are right, mistakes are one line."""
 
 import asyncio
+import itertools
 import json
 import os
 import signal
-import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,11 @@ import pytest
 from jlora import bench
 from jlora.adapters.peft import read_adapter
 from jlora.benchmark.adapters import write_random_adapter, write_random_adapters
-from jlora.benchmark.load import Run, Timing, Workload, closed_loop, run_of, time_request
+from jlora.benchmark.load import Run, Timing, closed_loop, open_loop, run_of, time_request
 from jlora.benchmark.options import BenchOptions
-from jlora.benchmark.rounds import Measurement, Schedule, measure, summarise
+from jlora.benchmark.rounds import Case, Measurement, Schedule, measure, summarise
 from jlora.benchmark.targets import HttpTarget
+from jlora.benchmark.workload import Request, Workload
 from jlora.errors import ParameterError
 from jlora.llm import LLM
 from jlora.models.config import ModelConfig
@@ -27,6 +29,8 @@ from jlora.tokenizer import Tokenizer
 from tests import tiny
 from tests.server.conftest import Running, start
 from tests.server.fakes import fake_llm, write_adapter
+
+BASE = Case(system="base", models=("b",))
 
 
 @pytest.fixture
@@ -61,10 +65,46 @@ class FakeTarget:
         self.in_flight -= 1
 
 
+class FakeSubject:
+    """One fake target for all cases."""
+
+    def __init__(self) -> None:
+        self.fake = FakeTarget()
+        self.cases: list[str] = []
+
+    @asynccontextmanager
+    async def target(self, case: Case) -> AsyncIterator[FakeTarget]:
+        self.cases.append(case.label)
+        yield self.fake
+
+    def counters(self) -> dict[str, float]:
+        return {"sent": len(self.fake.seen)}
+
+    def gauges(self) -> dict[str, float]:
+        return {"rss": 5}
+
+
 def run_at(tok_s: float) -> Run:
     return Run(
-        tok_s=tok_s, ttft_p50=1, ttft_p99=2, itl_p50=tok_s, itl_p99=4, tokens=10, seconds=1.0
-    )
+        tok_s=tok_s, req_s=1, ttft_p50=1, ttft_p99=2, itl_p50=tok_s, itl_p99=4, latency_p50=1,
+        latency_p99=2, tokens=10, requests=1, seconds=1.0,
+    )  # fmt: skip
+
+
+def jobs(models: list[str], count: int, output_len: int) -> Iterator[tuple[str, Request]]:
+    for i in range(count):
+        yield (
+            models[i % len(models)],
+            Request(at=0.01 * i, adapter=0, prompt=[i], output_len=output_len),
+        )
+
+
+def unmerged(*models: str, **given: Any) -> Case:
+    return Case(system="unmerged", adapters=len(models), models=models, **given)
+
+
+async def collect(subject: Any, workload: Workload, schedule: Schedule, **given: Any) -> list:
+    return [one async for one in measure(subject, workload, schedule, **given)]
 
 
 # ---- random adapters ---------------------------------------------------------------------------
@@ -108,26 +148,33 @@ def test_random_adapters_load_in_peft_and_change_the_answer(
 # ---- the load ----------------------------------------------------------------------------------
 
 
-def test_prompts_are_distinct_and_come_again_for_the_same_label():
-    load = Workload(input_len=8, output_len=4, vocab=100, seed=3)
-    first, again = load.prompts(20, 0, 8, "base"), load.prompts(20, 0, 8, "base")
-    assert first == again
-    others = load.prompts(20, 1, 8, "base") + load.prompts(20, 0, 8, "one")
-    other_seed = Workload(input_len=8, output_len=4, vocab=100, seed=4)
-    every = first + others + other_seed.prompts(20, 0, 8, "base")
-    assert len({tuple(prompt) for prompt in every}) == 80
-    assert all(len(prompt) == 8 and max(prompt) < 100 for prompt in every)
-
-
 def test_a_closed_loop_keeps_its_clients_busy_and_sends_each_prompt_once():
     target = FakeTarget()
-    prompts = [[i] for i in range(20)]
-    run = asyncio.run(closed_loop(target, ["a", "b", "c"], prompts, output_len=6, concurrency=4))
+    run = asyncio.run(closed_loop(target, jobs(["a", "b", "c"], 20, 6), clients=4))
     assert target.peak == 4
     assert sorted(prompt for _, prompt in target.seen) == [(i,) for i in range(20)]
     assert Counter(model for model, _ in target.seen) == {"a": 7, "b": 7, "c": 6}
-    assert run.tokens == 120
+    assert (run.tokens, run.requests) == (120, 20)
     assert run.tok_s == pytest.approx(120 / run.seconds)
+    assert run.req_s == pytest.approx(20 / run.seconds)
+
+
+def test_a_closed_loop_ends_after_its_duration_or_its_count():
+    target = FakeTarget()
+    run = asyncio.run(closed_loop(target, jobs(["a"], 10**6, 2), clients=3, duration=0.2))
+    assert 0.2 <= run.seconds < 5
+    assert run.requests == len(target.seen) > 10
+    run = asyncio.run(closed_loop(target, jobs(["a"], 99, 2), clients=3, count=8, duration=60.0))
+    assert run.requests == 8
+
+
+def test_an_open_loop_sends_at_its_times_and_counts_from_them():
+    target = FakeTarget()
+    run = asyncio.run(open_loop(target, jobs(["a"], 10**9, 4), duration=0.25))
+    assert run.requests == 25  # 100 a second
+    assert run.seconds >= 0.24
+    late = asyncio.run(time_request(target, "a", [1], 2, arrived=-1.0))
+    assert late.first > 1
 
 
 def test_tokens_that_come_together_have_no_gap():
@@ -150,41 +197,55 @@ def test_percentiles_are_numpys_over_all_requests():
 
 
 def test_cases_take_turns_and_rounds_alternate_their_order():
-    cases = {"base": ["b"], "one": ["x"], "mixed": ["x", "y"]}
-    schedule = Schedule(cases=cases, concurrency=[1, 8], num_prompts=None, repeats=2)
-    steps = list(schedule.steps())
-    assert steps[:4] == [(0, 1, "base"), (0, 1, "one"), (0, 1, "mixed"), (0, 8, "base")]
-    assert steps[6:9] == [(1, 1, "mixed"), (1, 1, "one"), (1, 1, "base")]
-    assert schedule.requests == 2 * 3 * (6 + 16)
+    cases = [BASE, unmerged("x"), unmerged("x", "y")]
+    schedule = Schedule(cases=cases, loads=[1, 8], repeats=2)
+    steps = [(number, load, case.adapters) for number, load, case in schedule.steps()]
+    assert steps[:4] == [(0, 1, 0), (0, 1, 1), (0, 1, 2), (0, 8, 0)]
+    assert steps[6:9] == [(1, 1, 2), (1, 1, 1), (1, 1, 0)]
+    assert len(schedule) == 12
+    assert [schedule.count(load) for load in (1, 8)] == [6, 16]
+    assert Schedule(cases=cases, loads=[1], repeats=1, duration=3.0).count(1) is None
 
 
 def test_every_model_is_warm_before_anything_is_measured():
-    target, done = FakeTarget(), []
-    cases = {"base": ["b"], "one": ["x"], "mixed": ["x", "y"]}
-    schedule = Schedule(cases=cases, concurrency=[2], num_prompts=4, repeats=1)
-    asyncio.run(measure(target, Workload(input_len=4, output_len=4, vocab=9), schedule, done))
-    assert [model for model, _ in target.seen[:3]] == ["b", "x", "y"]
-    assert len(target.seen) == 3 + schedule.requests
-    assert [one.case for one in done] == ["base", "one", "mixed"]
+    subject = FakeSubject()
+    cases = [BASE, unmerged("x", "y")]
+    schedule = Schedule(cases=cases, loads=[2], num_prompts=4, repeats=2)
+    load = Workload(input_len=4, output_len=4, vocab=9)
+    done = asyncio.run(collect(subject, load, schedule))
+    models = [model for model, _ in subject.fake.seen]
+    assert models == [*"bb", *"bbbb", *"xyx", *"xyxy", *"xyxy", *"bbbb"]
+    assert subject.cases == [case.label for case in (*cases, *reversed(cases))]
+    assert [one.seen for one in done] == [{"sent": 4, "rss": 5}] * 4
+
+
+def test_what_is_measured_already_is_skipped():
+    subject, load = FakeSubject(), Workload(input_len=4, output_len=4, vocab=9)
+    schedule = Schedule(cases=[BASE, unmerged("x")], loads=[2], num_prompts=4, repeats=2)
+    every = asyncio.run(collect(subject, load, schedule))
+    skip = frozenset(one.key for one in every[:3])
+    rest = asyncio.run(collect(subject, load, schedule, skip=skip))
+    assert [one.key for one in rest] == [every[3].key]
 
 
 def test_ratios_are_medians_of_ratios_within_a_round():
     """A machine that becomes ten times slower changes no ratio."""
     done = [
-        Measurement(round=number, case=case, concurrency=8, run=run_at(speed * share))
+        Measurement(round=number, case=case, load=8, run=run_at(speed * share))
         for number, speed in enumerate((100.0, 10.0, 50.0))
-        for case, share in (("mixed", 0.5), ("base", 1.0))
+        for case, share in ((BASE, 1.0), (unmerged("x", "y"), 0.5))
     ]
     base, mixed = summarise(done)
-    assert (base["case"], mixed["case"]) == ("base", "mixed")
+    assert (base["system"], mixed["system"], mixed["adapters"]) == ("base", "unmerged", 2)
     assert base["ratio_to_base"] == 1
     assert mixed["ratio_to_base"] == 0.5
+    assert mixed["ratio_rounds"] == [0.5, 0.5, 0.5]
     assert base["tok_s"] == 50
     assert base["tok_s_rounds"] == [100, 10, 50]
 
 
 def test_without_base_there_is_no_ratio():
-    (row,) = summarise([Measurement(round=0, case="one", concurrency=1, run=run_at(5))])
+    (row,) = summarise([Measurement(round=0, case=unmerged("x"), load=1, run=run_at(5))])
     assert row["ratio_to_base"] is None
 
 
@@ -193,7 +254,7 @@ def test_without_base_there_is_no_ratio():
 
 def test_over_http_every_token_is_counted(server: Running):
     async def go() -> tuple[Timing, str | None]:
-        async with HttpTarget(f"{server.url}/v1", concurrency=2) as target:
+        async with HttpTarget(f"{server.url}/v1") as target:
             return await time_request(target, "shout", [5, 6, 7], 20), await target.version()
 
     timing, version = asyncio.run(go())
@@ -215,36 +276,72 @@ def test_the_command_loads_a_server_and_ends_with_json(
     assert bench.main([*argv, "--repeats", "2", "--vocab-size", "300"]) == 0
     out = capsys.readouterr().out.splitlines()
     document = json.loads(out[-1])
-    rows = [(row["concurrency"], row["case"], row["tokens"]) for row in document["results"]]
-    assert rows == [(n, case, 30) for n in (1, 3) for case in ("base", "one", "mixed")]
+    rows = [(row["load"], row["case"], row["tokens"]) for row in document["results"]]
+    cases = ("base", "unmerged 1", "unmerged 2 distinct")
+    assert rows == [(n, case, 30) for n in (1, 3) for case in cases]
     assert document["complete"]
     assert document["server_version"] == "1.2.3"
     assert {"jax", "jlora", "python"} == set(document["versions"])
     assert document["command"].startswith("python -m jlora.bench --base-url")
     assert document["workload"]["random_output_len"] == 5
     names = Counter(request.adapter and request.adapter.name for request in server.engine.requests)
-    # 4 measurements of base and of one adapter, of 6 requests; mixed shares them; one warm-up each
-    assert names == {None: 25, "shout": 37, "whisper": 13}
+    # 4 measurements of 6 requests: of base, of one adapter, of both in turn; and the warm-ups
+    assert names == {None: 26, "shout": 40, "whisper": 13}
 
 
-def test_ctrl_c_prints_what_is_done(
-    server: Running, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_ctrl_c_keeps_what_is_done_and_a_rerun_goes_on(
+    server: Running,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ):
-    real, calls = bench.measure, threading.Event()
+    real = bench.measure
 
-    async def cut(target: Any, workload: Any, schedule: Any, done: list, on: Any) -> None:
-        first = Schedule(cases={"base": ["tiny"]}, concurrency=[1], num_prompts=1, repeats=1)
-        await real(target, workload, first, done, on)
-        calls.set()
+    async def cut(*given: Any, **named: Any) -> AsyncIterator[Measurement]:
+        async for one in itertools_async(real(*given, **named), 2):
+            yield one
         raise KeyboardInterrupt
 
     monkeypatch.setattr(bench, "measure", cut)
     argv = ["--base-url", server.url, "--models", "tiny,shout", "--vocab-size", "300"]
-    assert bench.main([*argv, "--random-output-len", "4"]) == 130
+    argv += ["--random-output-len", "4", "--concurrency", "1", "--out", str(tmp_path / "o.jsonl")]
+    assert bench.main([*argv, "--repeats", "2"]) == 130
     document = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert calls.is_set()
     assert not document["complete"]
-    assert [row["case"] for row in document["results"]] == ["base"]
+    assert [row["case"] for row in document["results"]] == ["base", "unmerged 1"]
+
+    before = len(server.engine.requests)
+    monkeypatch.setattr(bench, "measure", real)
+    assert bench.main([*argv, "--repeats", "2"]) == 0
+    document = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert document["complete"]
+    assert [len(row["tok_s_rounds"]) for row in document["results"]] == [2, 2]
+    assert len(server.engine.requests) - before == 2 * (6 + 2)
+    assert bench.main([*argv, "--repeats", "2"]) == 0
+    assert len(server.engine.requests) - before == 2 * (6 + 2)
+    # Other settings are other measurements, in the same file.
+    assert bench.main([*argv, "--repeats", "1", "--seed", "5", "--stop-after", "0.001"]) == 75
+    lines = [json.loads(line) for line in (tmp_path / "o.jsonl").read_text().splitlines()]
+    assert Counter(line["kind"] for line in lines) == {"session": 4, "run": 5}
+    assert {"versions", "commit", "command", "device"} <= lines[0].keys()
+
+
+async def itertools_async(source: AsyncIterator[Any], count: int) -> AsyncIterator[Any]:
+    """The first `count` of them."""
+    numbers = itertools.count(1)
+    async for one in source:
+        yield one
+        if next(numbers) == count:
+            return
+
+
+def test_a_file_of_something_else_is_not_touched(tmp_path: Path, capsys: Any):
+    (tmp_path / "notes.txt").write_text("dear diary\n")
+    with pytest.raises(SystemExit) as stop:
+        bench.main(["--out", str(tmp_path / "notes.txt")])
+    assert stop.value.code == 2
+    assert "line 1 is not a benchmark's result" in capsys.readouterr().err
+    assert (tmp_path / "notes.txt").read_text() == "dear diary\n"
 
 
 def test_a_servers_refusal_is_one_line(server: Running, capsys: pytest.CaptureFixture[str]):
@@ -276,11 +373,21 @@ def test_in_process_with_random_adapters(
     argv = ["--model", str(tiny_model("llama")), "--max-num-seqs", "2", "--max-model-len", "64"]
     argv += ["--max-loras", "3", "--max-num-batched-tokens", "32"]
     argv += ["--random-adapters", "3", "--ranks", "4,24", "--concurrency", "2", "--repeats", "1"]
+    argv += ["--systems", "base", "compiled", "merged", "unmerged", "--room", "1"]
     assert bench.main([*argv, "--random-input-len", "10", "--random-output-len", "6"]) == 0
     document = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert [row["case"] for row in document["results"]] == ["base", "one", "mixed"]
-    assert [row["tokens"] for row in document["results"]] == [36, 36, 36]
-    assert document["models"][1:] == ["random-0", "random-1", "random-2"]
+    rows = {row["case"]: row for row in document["results"]}
+    one, three = "1 r4,24", "3 distinct r4,24"
+    assert list(rows) == [
+        "base", "compiled", f"merged {one}", f"merged {three}", f"unmerged {one}",
+        f"unmerged {three}",
+    ]  # fmt: skip
+    assert {row["tokens"] for row in rows.values()} == {36}
+    assert rows[f"merged {three}"]["switches"] > rows[f"merged {one}"]["switches"] == 0
+    assert rows[f"unmerged {three}"]["evicted_from_device"] > 0
+    assert rows[f"unmerged {one}"]["evicted_from_device"] == 0
+    assert rows["base"]["rss"] > 1e8
+    assert document["plan"]["adapter_page_count"] == 3  # room for one adapter of rank 24
     assert document["device"]["platform"] == "cpu"
     assert list(tmp_path.iterdir()) == []  # the adapters are gone
 
@@ -298,10 +405,11 @@ def test_a_second_ctrl_c_does_not_stop_the_engines_end_half_way(
     llm, real = fake_llm(Tokenizer.from_folder(tmp_path)), bench.measure
     shutdown, ended = llm.engine.shutdown, []
 
-    async def cut(target: Any, workload: Any, schedule: Any, done: list, on: Any) -> None:
-        first = Schedule(cases={"base": ["tiny"]}, concurrency=[1], num_prompts=1, repeats=1)
+    async def cut(subject: Any, workload: Any, schedule: Any, **_: Any) -> AsyncIterator[Any]:
+        first = Schedule(cases=schedule.cases[:1], loads=[1], num_prompts=1, repeats=1)
         if measured:
-            await real(target, workload, first, done, on)
+            async for one in real(subject, workload, first):
+                yield one
         os.kill(os.getpid(), signal.SIGINT)
         await asyncio.sleep(10)
 
@@ -329,7 +437,22 @@ def test_a_second_ctrl_c_does_not_stop_the_engines_end_half_way(
         (["--concurrency", "0"], "concurrency"),
         (["--concurrency", "2", "2"], "concurrency"),
         (["--concurrency", "x"], "--concurrency"),
-        (["--cases", "base,two"], "'two'"),
+        (["--systems", "base,two"], "'two'"),
+        (["--systems", "merged", "--base-url", "http://h", "--models", "b,a"], "in process only"),
+        (["--popularity", "famous"], "'famous'"),
+        (["--arrivals", "poisson", "--duration", "3"], "rate"),
+        (["--rate", "3"], "rate"),
+        (["--arrivals", "poisson", "--rate", "3"], "--duration"),
+        (["--cv", "0"], "cv"),
+        (["--lengths", "file"], "lengths_file"),
+        (["--length-range", "9", "8"], "length_range"),
+        (["--shape", "giant"], "tiny, smollm2-135m"),
+        (["--shape", "tiny", "--model", "m"], "exclude"),
+        (["--adapter-modules", "head"], "'head'"),
+        (["--room", "2", "--lora-memory", "3pages"], "room"),
+        (["--room", "0"], "room"),
+        (["--adapters", "2", "2"], "adapters_n"),
+        (["--shape", "tiny", "--adapters", "3", "--random-adapters", "2"], "adapters_n"),
         (["--ranks", "8,x"], "'x'"),
         (["--ranks", "0"], "'0'"),
         (["--repeats", "0"], "repeats"),
@@ -339,7 +462,7 @@ def test_a_second_ctrl_c_does_not_stop_the_engines_end_half_way(
         (["--base-url", "http://127.0.0.1:9", "--models", "a"], "cannot talk to"),
         (["--base-url", "127.0.0.1", "--models", "a"], "cannot talk to"),
         (["--base-url", "http://h", "--models", "a", "--model", "/m"], "--model"),
-        (["--base-url", "http://h", "--models", "a", "--cases", "mixed"], "needs an adapter"),
+        (["--base-url", "http://h", "--models", "a", "--systems", "unmerged"], "need an adapter"),
         (["--model", "/there/is/no/such/folder"], "/there/is/no/such/folder"),
     ],
 )
@@ -356,13 +479,16 @@ def test_a_users_mistake_is_one_line(
     assert captured.out == ""
 
 
-def test_the_cases_are_those_that_there_are_models_for():
-    options = BenchOptions()
-    assert list(options.schedule(["b"]).cases) == ["base"]
-    assert options.schedule(["b", "x", "y"]).cases == {
-        "base": ["b"],
-        "one": ["x"],
-        "mixed": ["x", "y"],
-    }
+def test_the_cases_are_those_that_there_are_adapters_for():
+    assert [case.label for case in BenchOptions().cases("b", {"": []})] == ["base"]
+    options = BenchOptions(systems=("base", "unmerged"), popularity=("zipf", "identical"))
+    mixes = {"8": ["x", "y"], "16": ["z"]}
+    assert [(case.label, case.models) for case in options.cases("b", mixes)] == [
+        ("base", ("b",)),
+        ("unmerged 1 r8", ("x",)),
+        ("unmerged 2 zipf r8", ("x", "y")),
+        ("unmerged 2 identical r8", ("x", "y")),
+        ("unmerged 1 r16", ("z",)),
+    ]
     with pytest.raises(ParameterError, match="vocab_size"):
         BenchOptions(vocab_size=500).workload(300)

@@ -124,7 +124,12 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 def load(url: str, models: Sequence[str], clients: int, case: str, seed: int, args: Any) -> Any:
     """One closed loop. The seed makes each round's prompts new, and equal for all servers."""
     command = [sys.executable, "-m", "jlora.bench", "--base-url", url, "--repeats", "1"]
-    command += ["--models", ",".join(models), "--cases", case, "--concurrency", str(clients)]
+    command += ["--models", ",".join(models), "--concurrency", str(clients)]
+    command += {
+        "base": ["--systems", "base"],
+        "one": ["--systems", "unmerged", "--adapters", "1"],
+        "mixed": ["--systems", "unmerged", "--adapters", str(len(models) - 1)],
+    }[case]
     command += ["--num-prompts", str(max(len(RANKS), args.waves * clients))]
     command += ["--vocab-size", "49000", "--seed", str(seed)]
     command += ["--random-output-len", str(args.output_len)]
@@ -132,7 +137,7 @@ def load(url: str, models: Sequence[str], clients: int, case: str, seed: int, ar
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True
     )
     (row,) = json.loads(done.stdout.splitlines()[-1])["results"]
-    return row
+    return row | {"case": case, "concurrency": clients}
 
 
 def busy_ticks() -> int:

@@ -156,12 +156,20 @@ class BenchOptions(ModelOptions):
                 f"systems: {min(wrong)} runs in process only; a server is base or unmerged",
                 "systems",
             )
+        made = self.adapters_to_make
+        if made and not self.lora_modules and max(self.adapters_n, default=0) > made:
+            raise ParameterError(
+                f"adapters_n: {max(self.adapters_n)} adapters are asked for, random_adapters is {made}",
+                "adapters_n",
+            )
         if self.shape is not None:
             if self.model is not None:
                 raise ParameterError("shape and model exclude each other", "shape")
             shape_config(self.shape)
         if (self.arrivals != "closed") != bool(self.rate):
-            raise ParameterError("rate goes with --arrivals poisson or gamma, and they with it", "rate")
+            raise ParameterError(
+                "rate goes with --arrivals poisson or gamma, and they with it", "rate"
+            )
         if self.arrivals != "closed" and not (self.duration or self.num_prompts):
             raise ParameterError("arrivals need --duration or --num-prompts", "duration")
         if (self.lengths == "file") != bool(self.lengths_file):

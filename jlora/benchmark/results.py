@@ -72,8 +72,9 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         try:
             line = json.loads(text)
-            line["kind"], line["settings"]
-        except (ValueError, KeyError, TypeError):
+            if not {"kind", "settings"} <= line.keys():
+                raise ValueError("keys are missing")
+        except (ValueError, AttributeError):
             raise ParameterError(
                 f"{path}: line {number} is not a benchmark's result; name another file or repair it",
                 "out",

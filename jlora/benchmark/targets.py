@@ -46,7 +46,9 @@ class HttpTarget:
 
         self._url = base_url.rstrip("/").removesuffix("/v1")
         # No limit: the load alone decides how many requests run.
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None if closed else 100)
+        limits = httpx.Limits(
+            max_connections=None, max_keepalive_connections=None if closed else 100
+        )
         self._client = httpx.AsyncClient(timeout=TIMEOUT, limits=limits, trust_env=False)
         self._failures = (httpx.HTTPError, httpx.InvalidURL)
 
