@@ -48,6 +48,12 @@ class Batch:
         """The LoRA part, as the kernels take it."""
         return Segments(pages=self.pages, owner=self.owner, adapter=self.adapter)
 
+    @property
+    def sampled_segments(self) -> Segments:
+        """The same for the B rows that may sample."""
+        adapter = self.adapter[self.last] if self.adapter.shape[0] else self.adapter
+        return Segments(pages=self.pages, owner=self.owner, adapter=adapter)
+
 
 def empty(shape: Shape, trash_slot: int) -> dict[str, np.ndarray]:
     """A packed-to-be batch of padding only; the runner fills it in place."""

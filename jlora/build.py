@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jlora.adapters.adapter import SUPPORT, Support
 from jlora.adapters.entry import AdapterEntry
-from jlora.adapters.peft import read_adapter
+from jlora.adapters.peft import read_adapter, required_support
 from jlora.adapters.pool import RankPages, page_bytes
 from jlora.adapters.store import AdapterStore
 from jlora.demo import DEMO_ADAPTERS
@@ -23,6 +24,7 @@ from jlora.engine.config import EngineConfig, buckets
 from jlora.engine.engine import Engine
 from jlora.engine.runner import Runner
 from jlora.errors import ParameterError
+from jlora.models.base import BaseWeights
 from jlora.models.config import ModelConfig
 from jlora.models.decoder import Decoder
 from jlora.models.weights import dummy_weights, load_weights
@@ -79,16 +81,18 @@ def build_engine(options: ModelOptions, *, progress: Progress | None = None) -> 
     model = _weights(options, folder, layout, mesh, dtype, copy_head=platform == "cpu", tell=tell)
 
     config = _engine_config(options, cfg, _PLATFORMS[platform])
-    lora_pages = _lora_pages(options, layout, dtype, config.rank_page)
-    rank_pages = RankPages(cfg, layout, mesh, lora_pages, dtype, config.rank_page)
+    support = _support(options, cfg)
+    lora_pages = _lora_pages(options, layout, dtype, config.rank_page, support)
+    rank_pages = RankPages(cfg, layout, mesh, lora_pages, dtype, config.rank_page, support)
     kv_page = _kv_page_bytes(layout, config, dtype)
     num_pages = _kv_pages(options, config, kv_page, platform, options.mesh)
     config.check_num_pages(num_pages)
     runner = Runner(model, layout, mesh, rank_pages, config, num_pages)
     shapes = buckets(config)
 
+    base = BaseWeights(folder, cfg) if options.load_format != "dummy" else None
     store = AdapterStore(
-        read=lambda path: read_adapter(path, cfg),
+        read=lambda path: read_adapter(path, cfg, base),
         stage=rank_pages.stage,
         num_pages=lora_pages,
         max_adapter_pages=config.max_rank_pages,
@@ -198,7 +202,9 @@ def _engine_config(options: ModelOptions, cfg: ModelConfig, platform: _Platform)
     )
 
 
-def _lora_pages(options: ModelOptions, layout: Layout, dtype: np.dtype, rows: int) -> int:
+def _lora_pages(
+    options: ModelOptions, layout: Layout, dtype: np.dtype, rows: int, support: Support
+) -> int:
     """Rank pages that the adapter budget buys on each device."""
     pages = parse_pages(options.lora_memory, "lora_memory")
     if pages is not None:
@@ -206,7 +212,7 @@ def _lora_pages(options: ModelOptions, layout: Layout, dtype: np.dtype, rows: in
     budget = parse_bytes(options.lora_memory, "lora_memory")
     if budget is None:
         return options.max_loras * LORA_RANK // rows
-    each = page_bytes(layout, dtype, rows)
+    each = page_bytes(layout, dtype, rows, support)
     if budget < each:
         raise ParameterError(
             f"--lora-memory {options.lora_memory} is less than one rank page of {each} bytes "
@@ -254,6 +260,14 @@ def _place(entries: Sequence[AdapterEntry], store: AdapterStore, rank_pages: Ran
         if placement is not None:
             rank_pages.write(placement.staged, placement.pages)
             placed.append(entry)
+
+
+def _support(options: ModelOptions, cfg: ModelConfig) -> Support:
+    """What the rank pages must hold: what was asked for, or the least that the start's adapters need."""
+    if options.lora_support != "auto":
+        return options.lora_support
+    levels = [required_support(module.path, cfg) for module in options.adapters]
+    return max(levels, key=SUPPORT.index, default="plain")
 
 
 def _load_adapters(options: ModelOptions, store: AdapterStore) -> list[AdapterEntry]:

@@ -6,6 +6,13 @@ from jaxtyping import Array, Float, Int
 
 from jlora.batch import Batch
 from jlora.sharding import AXIS
+from kernels_pallas.lora_matmul import (
+    ActivePages,
+    RankPool,
+    Segments,
+    lora_embedding,
+    lora_epilogue,
+)
 from kernels_pallas.paged_attention import paged_attention
 from kernels_pallas.paged_attention.xla import write_kv
 
@@ -35,13 +42,27 @@ def all_reduce(x: Array, tp: int) -> Array:
     return jax.lax.psum(x, AXIS) if tp > 1 else x
 
 
-def embed(table: Float[Array, "V D"], tokens: Int[Array, "T"], tp: int) -> Float[Array, "T D"]:
-    """Rows of a table that is sharded over the vocabulary."""
-    if tp == 1:
-        return table[tokens]
-    local = tokens - jax.lax.axis_index(AXIS) * table.shape[0]
-    mine = (local >= 0) & (local < table.shape[0])
-    return all_reduce(jnp.where(mine[:, None], table[jnp.where(mine, local, 0)], 0), tp)
+def embed(
+    table: Float[Array, "V D"],
+    tokens: Int[Array, "T"],
+    tp: int,
+    pool: RankPool | ActivePages | None = None,
+    segments: Segments | None = None,
+) -> Float[Array, "T D"]:
+    """Rows of a table that is sharded over the vocabulary, and what adapters change in them."""
+    mine = None
+    if tp > 1:
+        local = tokens - jax.lax.axis_index(AXIS) * table.shape[0]
+        mine = (local >= 0) & (local < table.shape[0])
+        tokens = jnp.where(mine, local, 0)
+    x = table[tokens]
+    if pool is not None and segments is not None:
+        x = x.astype(jnp.float32) + lora_embedding(tokens, pool, segments)
+    if mine is not None:
+        x = all_reduce(jnp.where(mine[:, None], x, 0), tp)
+    if pool is not None and segments is not None:
+        x = lora_epilogue(x, pool, segments)
+    return x.astype(table.dtype)
 
 
 def attention(

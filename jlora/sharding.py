@@ -17,7 +17,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jlora.errors import ParameterError
-from jlora.models.config import GROUPS, ModelConfig
+from jlora.models.config import ALL_GROUPS, ModelConfig
 
 AXIS = "model"
 """Name of the only mesh axis: tensor parallelism."""
@@ -40,8 +40,10 @@ GROUP_AXES: dict[str, tuple[str, str]] = {
     "o": ("heads", "embed"),
     "gate_up": ("embed", "gate_up"),
     "down": ("mlp", "embed"),
+    "embed": ("vocab", "embed"),
+    "head": ("embed", "vocab"),
 }
-"""Logical axes (input, output) of each projection group's weight."""
+"""Logical axes (input, output) of each group's weight."""
 
 
 def spec(*axes: str | None) -> P:
@@ -142,14 +144,20 @@ class Layout:
             "gate_proj": mlp,
             "up_proj": mlp,
             "down_proj": embed,
+            "embed_tokens": embed,
+            "lm_head": self.vocab_index,
         }
 
     def input_index(self, group: str) -> np.ndarray | None:
         """Source column of each input column of a group; None: the checkpoint's own order."""
-        index = {"o": self._part_index["q_proj"], "down": self.mlp_index}.get(group)
+        index = {
+            "o": self._part_index["q_proj"],
+            "down": self.mlp_index,
+            "embed": self.vocab_index,
+        }.get(group)
         if index is None:
             return None
-        source = self.cfg.shape(GROUPS[group][0])[0]
+        source = self.cfg.shape(ALL_GROUPS[group][0])[0]
         return None if np.array_equal(index, np.arange(source)) else index
 
     def output_index(self, group: str) -> list[tuple[str, np.ndarray]]:
@@ -157,19 +165,19 @@ class Layout:
 
         For a column group: device 0's rows of every part, then device 1's, and so on.
         """
-        parts = GROUPS[group]
-        if group in ("o", "down"):
+        parts = ALL_GROUPS[group]
+        if len(parts) == 1:
             return [(parts[0], self._part_index[parts[0]])]
         split = {part: np.split(self._part_index[part], self.tp) for part in parts}
         return [(part, split[part][device]) for device in range(self.tp) for part in parts]
 
     def part_sizes(self, group: str) -> tuple[int, ...]:
         """Output width of each part of a group on one device."""
-        devices = 1 if group in ("o", "down") else self.tp
-        return tuple(len(self._part_index[part]) // devices for part in GROUPS[group])
+        devices = self.tp if RULES[GROUP_AXES[group][1]] else 1
+        return tuple(len(self._part_index[part]) // devices for part in ALL_GROUPS[group])
 
     def group_shape(self, group: str) -> tuple[int, int]:
         """(input, output) of a group's fused weight over all devices, padding included."""
         index = self.input_index(group)
-        width = self.cfg.shape(GROUPS[group][0])[0] if index is None else len(index)
+        width = self.cfg.shape(ALL_GROUPS[group][0])[0] if index is None else len(index)
         return width, sum(len(rows) for _, rows in self.output_index(group))

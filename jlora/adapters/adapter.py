@@ -1,26 +1,50 @@
-"""An adapter in host memory: the low-rank pair of every projection that it touches.
+"""An adapter in host memory: what it adds to each projection that it touches.
 
-Frozen. Its identity is its content: `uid` hashes what changes a result (tensors and scaling),
+All that PEFT can write comes down to three things: a low-rank pair, a scale and an offset of a
+projection's output. Frozen. Its identity is its content: `uid` hashes what changes a result,
 never a name or a path.
 """
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
+from types import MappingProxyType
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Float
 
+NO_LAYER = -1
+"""The layer of what is in none: embed_tokens and lm_head."""
+
+Support = Literal["plain", "vectors", "full"]
+"""What adapters may hold, each with what comes before it. plain: pairs on the projections of layers.
+vectors: scales and offsets (DoRA, biases). full: embed_tokens and lm_head."""
+
+SUPPORT: tuple[Support, ...] = ("plain", "vectors", "full")
+
 
 @dataclass(frozen=True, kw_only=True)
 class LoraWeights:
-    """One projection's pair: `delta W = scaling · b @ a`. `scaling` is not folded in here."""
+    """One projection's pair: `delta W = scaling · b @ a`. `scaling` is not folded in here.
+
+    embed_tokens is the map from one-hot tokens: `a` is [R, vocab], `b` [embed, R]."""
 
     a: Float[np.ndarray, "R K"]
     """float32, bfloat16 or float16, as it was stored."""
     b: Float[np.ndarray, "N R"]
     rank: int
     scaling: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputVectors:
+    """What happens to a projection's output after its pair: `y · scale + offset`, before the base's
+    bias. float32; None: nothing."""
+
+    scale: Float[np.ndarray, " N"] | None = None
+    offset: Float[np.ndarray, " N"] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -35,27 +59,57 @@ class Adapter:
     rank: int
     """The largest rank of any projection."""
     weights: dict[tuple[int, str], LoraWeights]
-    """Keyed by (layer, projection), such as (3, "q_proj")."""
+    """Keyed by (layer, projection), such as (3, "q_proj") or (NO_LAYER, "lm_head")."""
+    vectors: dict[tuple[int, str], OutputVectors] = field(default_factory=dict)
+    """Keyed likewise; a projection may have vectors without a pair."""
     chat_template: str | None
 
     @cached_property
     def nbytes(self) -> int:
         """Bytes of all tensors, as stored in host memory."""
-        return sum(pair.a.nbytes + pair.b.nbytes for pair in self.weights.values())
+        return sum(tensor.nbytes for _, tensor in _tensors(self.weights, self.vectors))
+
+    @cached_property
+    def touched(self) -> frozenset[tuple[int, str]]:
+        """(layer, projection) of all that it changes."""
+        return frozenset(self.weights.keys() | self.vectors.keys())
 
     @cached_property
     def modules(self) -> list[str]:
         """Names of the projections that it touches in any layer, sorted."""
-        return sorted({projection for _, projection in self.weights})
+        return sorted({projection for _, projection in self.touched})
+
+    @property
+    def support(self) -> Support:
+        """The least that an engine must support to serve it."""
+        if any(layer == NO_LAYER for layer, _ in self.touched):
+            return "full"
+        return "vectors" if self.vectors else "plain"
 
 
-def content_hash(weights: dict[tuple[int, str], LoraWeights]) -> str:
+def content_hash(
+    weights: Mapping[tuple[int, str], LoraWeights],
+    vectors: Mapping[tuple[int, str], OutputVectors] = MappingProxyType({}),
+) -> str:
     """The uid of an adapter with these weights: equal exactly when results are equal."""
-    digest = hashlib.sha256(b"jlora adapter 1\n")
+    digest = hashlib.sha256(b"jlora adapter 2\n")
+    for facts, tensor in _tensors(weights, vectors):
+        digest.update(f"{facts} {tensor.dtype.name} {tensor.shape}\n".encode())
+        # A contiguous view of bytes: hashlib takes no bfloat16, and tobytes() would copy.
+        digest.update(np.ascontiguousarray(tensor).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def _tensors(
+    weights: Mapping[tuple[int, str], LoraWeights],
+    vectors: Mapping[tuple[int, str], OutputVectors],
+) -> Iterator[tuple[str, np.ndarray]]:
+    """All tensors with what tells them apart."""
     for (layer, projection), pair in sorted(weights.items()):
         facts = f"{layer} {projection} {float(pair.scaling).hex()}"
-        for tensor in (pair.a, pair.b):
-            digest.update(f"{facts} {tensor.dtype.name} {tensor.shape}\n".encode())
-            # A contiguous view of bytes: hashlib takes no bfloat16, and tobytes() would copy.
-            digest.update(np.ascontiguousarray(tensor).view(np.uint8).data)
-    return digest.hexdigest()
+        yield f"{facts} a", pair.a
+        yield f"{facts} b", pair.b
+    for (layer, projection), own in sorted(vectors.items()):
+        for name, vector in (("scale", own.scale), ("offset", own.offset)):
+            if vector is not None:
+                yield f"{layer} {projection} {name}", vector

@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from jlora.adapters.pattern import PatternTable
 from jlora.adapters.tensors import parse_json, read_small
@@ -24,10 +24,6 @@ DEFAULT_RANK = DEFAULT_ALPHA = 8
 
 # Fields that change the result in a way that we do not compute, unless they are empty or false.
 REFUSED: dict[str, str] = {
-    "use_dora": "DoRA",
-    "lora_bias": "lora_bias (a bias on lora_B)",
-    "modules_to_save": "modules_to_save (fully trained modules)",
-    "trainable_token_indices": "trainable tokens",
     "target_parameters": "target_parameters (LoRA on MoE experts)",
     "alora_invocation_tokens": "aLoRA (alora_invocation_tokens)",
     "layer_replication": "layer_replication",
@@ -48,12 +44,14 @@ HARMLESS = frozenset([
 ])  # fmt: skip
 _READ = frozenset([
     "alpha_pattern", "bias", "exclude_modules", "init_lora_weights", "layers_to_transform",
-    "lora_alpha", "peft_type", "r", "rank_pattern", "target_modules", "use_rslora",
+    "lora_alpha", "lora_bias", "modules_to_save", "peft_type", "r", "rank_pattern",
+    "target_modules", "trainable_token_indices", "use_dora", "use_rslora",
 ])  # fmt: skip
 
 # Ways to start a LoRA that leave the base weights alone, and those that do not.
 PLAIN_INITS = frozenset({"gaussian", "eva", "orthogonal", "mica", "lora_ga"})
-BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq")
+BASE_CHANGING_INITS = ("pissa_niter", "corda", "loftq")
+"""What they take out of the base cannot be computed again: it was random, or needs training data."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +74,16 @@ class LoraConfig:
     """exclude_modules where it is a list, or nothing; None: a regex."""
     layers: frozenset[int] | None
     """layers_to_transform; None: all."""
+    use_dora: bool
+    lora_bias: bool
+    biases: bool
+    """Trained biases of the base itself (bias "all" or "lora_only")."""
+    saved: tuple[str, ...]
+    """modules_to_save: the last words of its names."""
+    tokens: Mapping[str, tuple[int, ...]]
+    """trainable_token_indices by module; a list is the embedding's."""
+    init: Literal["pissa", "olora"] | None
+    """How the pairs started, where that took something out of the base."""
 
     def rank_of(self, name: str) -> int:
         """The rank that the config gives to the module `name`."""
@@ -122,6 +130,12 @@ def check_config(data: Mapping[str, Any], path: str) -> LoraConfig:
         targets=_targets(data, path),
         excluded=_excluded(data, path),
         layers=_layers(data.get("layers_to_transform"), path),
+        use_dora=_flag(data, "use_dora", path),
+        lora_bias=_flag(data, "lora_bias", path),
+        biases=_biases(data, path),
+        saved=_saved(data, path),
+        tokens=_tokens(data.get("trainable_token_indices"), path),
+        init=_init(data.get("init_lora_weights", True), path),
     )
 
 
@@ -132,9 +146,6 @@ def _refuse_features(data: Mapping[str, Any], path: str) -> None:
     for field, feature in REFUSED.items():
         if data.get(field):
             raise AdapterError(f"{path}: {feature} is not supported (got {_shown(data[field])})")
-    if (bias := data.get("bias", "none")) not in ("none", None):
-        raise AdapterError(f"{path}: trained biases are not supported (bias is {_shown(bias)})")
-    _check_init(data.get("init_lora_weights", True), path)
     for field in data.keys() - _READ - HARMLESS - REFUSED.keys():
         # A newer peft adds fields all the time. What switches a method on is true or holds
         # something; a number or a word alone is a parameter of a method that is off.
@@ -146,18 +157,60 @@ def _refuse_features(data: Mapping[str, Any], path: str) -> None:
             )
 
 
-def _check_init(init: Any, path: str) -> None:
+def _init(init: Any, path: str) -> Literal["pissa", "olora"] | None:
     if init is None or isinstance(init, bool):
-        return
+        return None
     name = init.lower() if isinstance(init, str) else ""
+    if name in ("pissa", "olora"):
+        return name
     if name.startswith(BASE_CHANGING_INITS):
         raise AdapterError(
-            f"{path}: init_lora_weights {_shown(init)} changes the base weights, which a shared "
-            "base cannot; convert it to plain LoRA (save_pretrained with "
+            f"{path}: init_lora_weights {_shown(init)} took something out of the base weights that "
+            "cannot be computed again; convert the adapter to plain LoRA (save_pretrained with "
             "path_initial_model_for_weight_conversion)"
         )
     if name not in PLAIN_INITS:
         raise AdapterError(f"{path}: init_lora_weights {_shown(init)} is not known")
+    return None
+
+
+def _biases(data: Mapping[str, Any], path: str) -> bool:
+    bias = data.get("bias", "none")
+    if bias not in ("none", None, "all", "lora_only"):
+        raise AdapterError(f"{path}: bias must be none, all or lora_only, got {_shown(bias)}")
+    return bias in ("all", "lora_only")
+
+
+def _saved(data: Mapping[str, Any], path: str) -> tuple[str, ...]:
+    saved = data.get("modules_to_save") or []
+    if not _is_texts(saved):
+        raise AdapterError(f"{path}: modules_to_save must be a list, got {_shown(saved)}")
+    return tuple(sorted({name.rpartition(".")[2] for name in saved}))
+
+
+def _tokens(value: Any, path: str) -> dict[str, tuple[int, ...]]:
+    """Token ids by module; sorted out which modules can have them when the tensors are known."""
+    table = {"embed_tokens": value} if isinstance(value, list) else value or {}
+    if not isinstance(table, dict):
+        raise AdapterError(
+            f"{path}: trainable_token_indices must be a list or an object, got {_shown(value)}"
+        )
+    tokens: dict[str, tuple[int, ...]] = {}
+    for key, index in table.items():
+        ok = isinstance(index, list) and all(type(i) is int and 0 <= i < 1 << 31 for i in index)
+        if not ok or len(set(index)) != len(index):
+            raise AdapterError(
+                f"{path}: trainable_token_indices[{key[:80]!r}] must be a list of different token "
+                f"ids, got {_shown(index)}"
+            )
+        name = key.rpartition(".")[2]
+        if name not in ("embed_tokens", "lm_head"):
+            raise AdapterError(
+                f"{path}: trainable_token_indices names {key[:80]!r}, expected embed_tokens or lm_head"
+            )
+        if index:
+            tokens[name] = tuple(index)
+    return tokens
 
 
 def _targets(data: Mapping[str, Any], path: str) -> tuple[str, ...] | None:

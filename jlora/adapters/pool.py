@@ -5,7 +5,7 @@ is the padding page, all zeros, and is never written. Nothing compiles after `wa
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -13,14 +13,15 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh
 
-from jlora.adapters.adapter import Adapter
+from jlora.adapters.adapter import NO_LAYER, SUPPORT, Adapter, OutputVectors, Support
 from jlora.errors import AdapterError
-from jlora.models.config import GROUPS, ModelConfig
+from jlora.models.config import ALL_GROUPS, GROUPS, VOCAB_GROUPS, ModelConfig
 from jlora.sharding import GROUP_AXES, RULES, Layout, sharding
 from kernels_pallas.lora_matmul import PAGE, RankPool
 
 HostPage = dict[str, RankPool]
-"""One page of all layers, by group, in numpy: a [L, parts*page, K], b [L, page, N]."""
+"""One page of all layers, by group, in numpy: a [L, parts*page, K], b [L, page, N], scale and
+offset [L, N] if adapters may have them. L is 1 for the groups of the vocabulary."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -46,22 +47,35 @@ class StagedAdapter:
         return len(self.host_pages)
 
 
-def page_bytes(layout: Layout, dtype: np.typing.DTypeLike, page_rows: int = PAGE) -> int:
+def groups_of(support: Support) -> dict[str, tuple[str, ...]]:
+    """The groups that adapters may change: those of a layer, and of the vocabulary if supported."""
+    return ALL_GROUPS if support == "full" else GROUPS
+
+
+def page_bytes(
+    layout: Layout,
+    dtype: np.typing.DTypeLike,
+    page_rows: int = PAGE,
+    support: Support = "plain",
+) -> int:
     """Bytes that one rank page takes on one device, all layers and groups together."""
-    width = 0
-    for group, parts in GROUPS.items():
+    total = 0
+    for group, parts in groups_of(support).items():
         (rows, columns), (rows_axis, columns_axis) = layout.group_shape(group), GROUP_AXES[group]
         rows //= layout.tp if RULES[rows_axis] else 1
         columns //= layout.tp if RULES[columns_axis] else 1
-        width += len(parts) * rows + columns
-    return layout.cfg.layers * page_rows * width * np.dtype(dtype).itemsize
+        each = page_rows * (len(parts) * rows + columns) * np.dtype(dtype).itemsize
+        each += 0 if support == "plain" else 2 * columns * np.dtype(np.float32).itemsize
+        total += each * (layout.cfg.layers if group in GROUPS else 1)
+    return total
 
 
 class RankPages:
     """The rank pools of every layer and group, and the only code that changes them.
 
     In: an adapter of rank 24, q_proj and o_proj only, on pages 5 and 2. Out: rank rows 0 to 15 on
-    page 5, 16 to 23 on page 2 (its last 8 rows zero); rows of k, v, gate, up and down zero.
+    page 5, 16 to 23 on page 2 (its last 8 rows zero); rows of k, v, gate, up and down zero; its
+    scales and offsets on both pages.
     """
 
     def __init__(
@@ -72,62 +86,85 @@ class RankPages:
         num_pages: int,
         dtype: np.typing.DTypeLike,
         page_rows: int = PAGE,
+        support: Support = "plain",
     ):
         """Allocates `num_pages` usable pages of `page_rows` ranks, ids 1 to `num_pages`, and the
-        padding page 0."""
+        padding page 0. Every LoRA step pays for what `support` adds, whoever uses it."""
         if num_pages < 1:
             raise ValueError(f"num_pages is {num_pages}, at least 1 rank page is needed")
         self.cfg, self.layout, self.num_pages = cfg, layout, num_pages
         self.page_rows = page_rows
+        self.support: Support = support
         self.dtype = np.dtype(dtype)
         self.pools: list[dict[str, RankPool]]
-        """By layer and group: a [P, parts*page, K], b [P, page, N], P = num_pages + 1."""
+        """By layer and group, then the groups of the vocabulary if they are supported: a
+        [P, parts*page, K], b [P, page, N], scale and offset [P, N], P = num_pages + 1."""
 
-        def per_group(first: str | None) -> dict[str, RankPool]:
-            return {
-                group: RankPool(
-                    a=sharding(mesh, first, "rank", rows),  # type: ignore[arg-type]
-                    b=sharding(mesh, first, "rank", columns),  # type: ignore[arg-type]
-                )
-                for group, (rows, columns) in GROUP_AXES.items()
-            }
-
-        pool_shardings = [per_group("page") for _ in range(cfg.layers)]
-        self._page_shardings = per_group(None)
         self._shapes = {
             group: (
                 (len(parts) * page_rows, layout.group_shape(group)[0]),
                 (page_rows, layout.group_shape(group)[1]),
             )
-            for group, parts in GROUPS.items()
+            for group, parts in groups_of(support).items()
         }
-        self._zeros: HostPage = {
-            group: RankPool(a=self._host_zeros(a), b=self._host_zeros(b))  # type: ignore[arg-type]
-            for group, (a, b) in self._shapes.items()
-        }
+        self._levels = [tuple(GROUPS)] * cfg.layers
+        if support == "full":
+            self._levels.append(tuple(VOCAB_GROUPS))
+        self._page_shardings = {group: self._shardings(mesh, group) for group in self._shapes}
+        self._zeros: HostPage = {group: self._host_page(group) for group in self._shapes}
 
         def allocate() -> list[dict[str, RankPool]]:
-            return [
-                {
-                    group: RankPool(
-                        a=jnp.zeros((num_pages + 1, *a), self.dtype),
-                        b=jnp.zeros((num_pages + 1, *b), self.dtype),
-                    )
-                    for group, (a, b) in self._shapes.items()
-                }
-                for _ in range(cfg.layers)
-            ]
+            return [{group: self._pool(group) for group in groups} for groups in self._levels]
 
+        pool_shardings = [
+            {group: self._shardings(mesh, group, "page") for group in groups}
+            for groups in self._levels
+        ]
         self.pools = jax.jit(allocate, out_shardings=pool_shardings)()
-        self._write = jax.jit(_write_layer, donate_argnums=0, out_shardings=pool_shardings[0])
+        self._write = {
+            groups: jax.jit(_write_level, donate_argnums=0, out_shardings=shardings)
+            for groups, shardings in zip(self._levels, pool_shardings, strict=True)
+        }
 
-    def _host_zeros(self, shape: tuple[int, int]) -> np.ndarray:
-        return np.zeros((self.cfg.layers, *shape), self.dtype)
+    def _shardings(self, mesh: Mesh, group: str, first: str | None = None) -> RankPool:
+        rows, columns = GROUP_AXES[group]
+        vector = None if self.support == "plain" else sharding(mesh, first, columns)
+        return RankPool(
+            a=sharding(mesh, first, "rank", rows),  # type: ignore[arg-type]
+            b=sharding(mesh, first, "rank", columns),  # type: ignore[arg-type]
+            scale=vector,  # type: ignore[arg-type]
+            offset=vector,  # type: ignore[arg-type]
+        )
+
+    def _pool(self, group: str) -> RankPool:
+        """The empty pool of one group of one layer."""
+        pages, (a, b) = self.num_pages + 1, self._shapes[group]
+        vectors = self.support != "plain"
+        return RankPool(
+            a=jnp.zeros((pages, *a), self.dtype),
+            b=jnp.zeros((pages, *b), self.dtype),
+            scale=jnp.ones((pages, b[1]), jnp.float32) if vectors else None,
+            offset=jnp.zeros((pages, b[1]), jnp.float32) if vectors else None,
+        )
+
+    def _host_page(self, group: str) -> RankPool:
+        """One group of a page that changes nothing."""
+        layers, (a, b) = self._layers(group), self._shapes[group]
+        vectors = self.support != "plain"
+        return RankPool(
+            a=np.zeros((layers, *a), self.dtype),  # type: ignore[arg-type]
+            b=np.zeros((layers, *b), self.dtype),  # type: ignore[arg-type]
+            scale=np.ones((layers, b[1]), np.float32) if vectors else None,  # type: ignore[arg-type]
+            offset=np.zeros((layers, b[1]), np.float32) if vectors else None,  # type: ignore[arg-type]
+        )
+
+    def _layers(self, group: str) -> int:
+        return self.cfg.layers if group in GROUPS else 1
 
     @property
     def bytes_per_page(self) -> int:
         """Bytes of one page on one device, all layers and groups together."""
-        return page_bytes(self.layout, self.dtype, self.page_rows)
+        return page_bytes(self.layout, self.dtype, self.page_rows, self.support)
 
     @property
     def nbytes(self) -> int:
@@ -135,30 +172,34 @@ class RankPages:
         return self.bytes_per_page * (self.num_pages + 1)
 
     def stage(self, adapter: Adapter) -> StagedAdapter:
-        """Lays an adapter out in pages. Thread-safe. AdapterError if a value overflows the dtype."""
+        """Lays an adapter out in pages. Thread-safe. AdapterError if it needs more than `support`,
+        or if a value overflows the dtype."""
+        if SUPPORT.index(adapter.support) > SUPPORT.index(self.support):
+            what = "embed_tokens or lm_head" if adapter.support == "full" else "DoRA or biases"
+            raise AdapterError(
+                f"{adapter.path} changes {what}, for which this engine was not started: start it "
+                f"with --lora-support {adapter.support}, or with such an adapter in --lora-modules"
+            )
         touched = {
-            group for group, parts in GROUPS.items() if not set(parts).isdisjoint(adapter.modules)
+            group
+            for group, parts in groups_of(self.support).items()
+            if not set(parts).isdisjoint(adapter.modules)
         }
         pages = tuple(
             {
-                group: replace(
-                    self._zeros[group],
-                    **{
-                        name: self._host_zeros(shape)
-                        for name, shape in zip("ab", shapes, strict=True)
-                    },
-                )
-                if group in touched
-                else self._zeros[group]
-                for group, shapes in self._shapes.items()
+                group: self._host_page(group) if group in touched else self._zeros[group]
+                for group in self._shapes
             }
-            for _ in range(-(-adapter.rank // self.page_rows))
+            for _ in range(-(-max(adapter.rank, 1) // self.page_rows))
         )
         for group in touched:
-            for layer in range(self.cfg.layers):
-                self._stage_group(adapter, layer, group, pages)
+            for index in range(self._layers(group)):
+                self._stage_group(adapter, index, group, pages)
         nbytes = sum(
-            page[group].a.nbytes + page[group].b.nbytes for page in pages for group in touched
+            leaf.nbytes
+            for page in pages
+            for group in touched
+            for leaf in jax.tree.leaves(page[group])
         )
         return StagedAdapter(
             uid=adapter.uid,
@@ -167,33 +208,39 @@ class RankPages:
             modules=tuple(adapter.modules),
             chat_template=adapter.chat_template,
             host_pages=pages,
-            bound=len(adapter.weights),
+            bound=len(adapter.touched),
             scalings=tuple(sorted({pair.scaling for pair in adapter.weights.values()})),
             nbytes=nbytes,
         )
 
     def _stage_group(
-        self, adapter: Adapter, layer: int, group: str, pages: Sequence[HostPage]
+        self, adapter: Adapter, index: int, group: str, pages: Sequence[HostPage]
     ) -> None:
         """Fills one layer of one group of all pages, in place."""
         page_rows, columns = self.page_rows, self.layout.input_index(group)
-        for part, projection in enumerate(GROUPS[group]):
+        layer = index if group in GROUPS else NO_LAYER
+        for part, projection in enumerate(groups_of(self.support)[group]):
             pair = adapter.weights.get((layer, projection))
             if pair is None:
                 continue
             a = pair.a if columns is None else _take(pair.a, columns)
             for page, start in zip(pages, range(0, pair.rank, page_rows), strict=False):
                 rows = self._cast(a[start : start + page_rows], adapter, projection)
-                page[group].a[layer, part * page_rows : part * page_rows + len(rows)] = rows
+                page[group].a[index, part * page_rows : part * page_rows + len(rows)] = rows
         at = 0
         for projection, source in self.layout.output_index(group):
+            here = slice(at, at + len(source))
+            at += len(source)
             pair = adapter.weights.get((layer, projection))
             if pair is not None:
                 b = _take(pair.b.T, source).astype(np.float32) * np.float32(pair.scaling)
                 for page, start in zip(pages, range(0, pair.rank, page_rows), strict=False):
                     rows = self._cast(b[start : start + page_rows], adapter, projection)
-                    page[group].b[layer, : len(rows), at : at + len(source)] = rows
-            at += len(source)
+                    page[group].b[index, : len(rows), here] = rows
+            own = adapter.vectors.get((layer, projection))
+            if own is not None:
+                for page in pages:
+                    _put_vectors(page[group], own, index, here, source)
 
     def _cast(self, values: np.ndarray, adapter: Adapter, projection: str) -> np.ndarray:
         with np.errstate(over="ignore"):
@@ -223,16 +270,19 @@ class RankPages:
         on_device = jax.device_put(host_page, self._page_shardings)
         # A call per layer: one program for all layers compiles 30 times as long (18 s for a
         # 30-layer model on CPU) and takes no less time to run.
-        for layer, pools in enumerate(self.pools):
-            self.pools[layer] = self._write(pools, on_device, np.int32(layer), np.int32(page))
+        for level, groups in enumerate(self._levels):
+            index = level if level < self.cfg.layers else 0
+            values = {group: on_device[group] for group in groups}
+            write = self._write[groups]
+            self.pools[level] = write(self.pools[level], values, np.int32(index), np.int32(page))
 
     def warm_up(self) -> None:
-        """Compiles the write, by writing zeros to the padding page."""
+        """Compiles the writes, by writing zeros to the padding page."""
         self._put(0, self._zeros)
         jax.block_until_ready(self.pools)
 
 
-def _write_layer(
+def _write_level(
     pools: dict[str, RankPool], page: HostPage, layer: jax.Array, index: jax.Array
 ) -> dict[str, RankPool]:
     """All groups of one layer of one page."""
@@ -241,10 +291,18 @@ def _write_layer(
         rows = lax.dynamic_index_in_dim(values, layer, 0, keepdims=False)
         return lax.dynamic_update_index_in_dim(pool, rows, index, 0)
 
-    return {
-        group: RankPool(a=put(pool.a, page[group].a), b=put(pool.b, page[group].b))
-        for group, pool in pools.items()
-    }
+    return jax.tree.map(put, pools, page)
+
+
+def _put_vectors(
+    page: RankPool, own: OutputVectors, index: int, here: slice, source: np.ndarray
+) -> None:
+    """Scale and offset of one run of a group's outputs; padding outputs keep 1 and 0."""
+    real = source >= 0
+    for target, values in ((page.scale, own.scale), (page.offset, own.offset)):
+        if values is not None:
+            assert isinstance(target, np.ndarray), "stage() checked the support"
+            target[index, here][real] = values[source[real]]
 
 
 def _take(values: np.ndarray, columns: np.ndarray) -> np.ndarray:

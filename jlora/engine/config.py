@@ -176,7 +176,7 @@ def buckets(config: EngineConfig) -> list[Shape]:
     shapes = []
     for decode, prefill in sizes:
         rows = decode + prefill // config.prefill_block
-        most = max(32, 24 * rows) // config.rank_page
+        most = max(64, 24 * rows) // config.rank_page
         least = min(128, (decode + prefill) * 3 // 4) // config.rank_page
         ranks = {r for r in config.rank_page_buckets if least <= r <= most}
         if not prefill and not config.padding_pages_cost:

@@ -18,12 +18,12 @@ from jax.sharding import PartitionSpec as P
 from jlora.batch import Batch, unpack
 from jlora.engine import sampler
 from jlora.engine.sampler import Kind
-from jlora.models.config import GROUPS
+from jlora.models.config import ALL_GROUPS
 from jlora.models.decoder import Decoder, Pools, forward, logits
 from jlora.ops import KV
 from jlora.shape import Shape
 from jlora.sharding import GROUP_AXES, Layout, sharding, spec
-from kernels_pallas.lora_matmul import ActivePages, active_pages
+from kernels_pallas.lora_matmul import ActivePages, RankPool, Segments, active_pages
 
 KV_AXES = ("page", "kv_heads", None, None)
 SCORE_ROWS = 32
@@ -73,7 +73,8 @@ class Programs:
         return self._samples[rows, next(known for known in self.kinds if known >= kind)]
 
     def score(self, tokens: int) -> Callable[..., Any]:
-        """(weights, hidden [tokens, D], rows, targets) -> Sampled, for SCORE_ROWS rows."""
+        """(weights, pools, hidden [tokens, D], rows, targets, pages) -> Sampled, for SCORE_ROWS rows of
+        a sequence whose adapter has these rank pages. Without lm_head in adapters: None, none."""
         return self._scores[tokens]
 
     def copy(self, rank_pages: int) -> Callable[..., Any]:
@@ -94,6 +95,7 @@ class Programs:
             (n, kind) for n in sorted({shape.rows for shape in shapes}) for kind in self.kinds
         ]
         scored = sorted({shape.tokens for shape in shapes if shape.prefill})
+        most = max(shape.rank_pages for shape in shapes)
         total = len(counts) + len(shapes) + len(sampled) + len(scored)
         jobs: list[tuple[dict, Any, Any]] = []
         with ThreadPoolExecutor(max_workers=os.cpu_count() or 2) as workers:
@@ -115,7 +117,7 @@ class Programs:
                 for rows, kind in sampled:
                     start(self._samples, (rows, kind), self._lower_sample(rows, kind, slots))
                 for tokens in scored:
-                    start(self._scores, tokens, self._lower_score(tokens))
+                    start(self._scores, tokens, self._lower_score(tokens, pools, most))
                 for _ in as_completed([future for _, _, future in jobs]):
                     tell()
                 for table, key, future in jobs:
@@ -143,11 +145,13 @@ class Programs:
             tokens = _resolve(batch, last, shape.decode)
             hidden, kv = forward(model, adapters, kv, batch, shape, tokens)
             rows = sampler.Rows(batch.slots, batch.positions[batch.last] + 1, batch.samples)
-            return kv, logits(model, hidden[batch.last]), rows, hidden if shape.prefill else None
+            scores = logits(model, hidden[batch.last], adapters, batch.sampled_segments)
+            return kv, scores, rows, hidden if shape.prefill else None
 
         adapter_specs, adapters = P(), None
         if lora and self.copy_pages:
-            adapter_specs, adapters = self._active_specs(), self._copy_shapes[shape.rank_pages]
+            adapter_specs = self._active_specs(pools)
+            adapters = self._copy_shapes[shape.rank_pages]
         elif lora:
             adapter_specs, adapters = _specs(pools), pools
         mapped = self._map(
@@ -171,18 +175,27 @@ class Programs:
         jitted = jax.jit(mapped, donate_argnums=1)
         return jitted.lower(scores, slots, sampler.Rows(ints, ints, ints))  # type: ignore[arg-type]
 
-    def _lower_score(self, tokens: int) -> jax.stages.Lowered:
-        def score(weights: list, hidden: jax.Array, rows: jax.Array, targets: jax.Array):
-            return sampler.describe(
-                logits(self._model(weights), hidden[rows]), targets, self.max_logprobs
-            )
+    def _lower_score(self, tokens: int, pools: Pools, rank_pages: int) -> jax.stages.Lowered:
+        full = len(pools) > self.layout.cfg.layers
 
-        mapped = self._map(score, (self._weight_specs, P(), P(), P()), P())
+        def score(
+            weights: list, pools: Any, hidden: jax.Array, rows: Any, targets: Any, pages: Any
+        ):
+            owner = jnp.where(pages > 0, 0, -1)  # the rows are of one sequence
+            adapter = jnp.full(SCORE_ROWS, owner[0] if full else -1, jnp.int32)
+            segments = Segments(pages=pages, owner=owner, adapter=adapter)
+            scores = logits(self._model(weights), hidden[rows], pools, segments)
+            return sampler.describe(scores, targets, self.max_logprobs)
+
+        head = pools if full else None
+        specs = (self._weight_specs, _specs(head), P(), P(), P(), P())
         replicated = sharding(self.mesh)
         size = (tokens, self.layout.cfg.embed)
         hidden = jax.ShapeDtypeStruct(size, self.dtype, sharding=replicated)
         rows = jax.ShapeDtypeStruct((SCORE_ROWS,), jnp.int32, sharding=replicated)
-        return jax.jit(mapped).lower(self.weights, hidden, rows, rows)
+        pages = jax.ShapeDtypeStruct((rank_pages if full else 0,), jnp.int32, sharding=replicated)
+        jitted = jax.jit(self._map(score, specs, P()))
+        return jitted.lower(self.weights, head, hidden, rows, rows, pages)
 
     def _mapped_copy(self, pools: Pools) -> Callable:
         def copy(pools: Pools, pages: jax.Array) -> list[dict[str, ActivePages]]:
@@ -194,7 +207,7 @@ class Programs:
                 for groups in pools
             ]
 
-        return self._map(copy, (_specs(pools), P()), self._active_specs())
+        return self._map(copy, (_specs(pools), P()), self._active_specs(pools))
 
     def _lower_copy(self, count: int, pools: Pools) -> jax.stages.Lowered:
         pages = jax.ShapeDtypeStruct((count,), jnp.int32, sharding=sharding(self.mesh))
@@ -204,19 +217,25 @@ class Programs:
                 leaf.shape, leaf.dtype, sharding=jax.NamedSharding(self.mesh, place)
             ),
             lowered.out_info,
-            self._active_specs(),
+            self._active_specs(pools),
         )
         return lowered
 
-    def _active_specs(self) -> list[dict[str, ActivePages]]:
-        groups = {
-            group: ActivePages(
-                a=spec(None, "rank", rows),  # type: ignore[arg-type]
-                b=tuple(spec("rank", columns) for _ in GROUPS[group]),  # type: ignore[arg-type]
-            )
-            for group, (rows, columns) in GROUP_AXES.items()
-        }
-        return [groups] * self.layout.cfg.layers
+    def _active_specs(self, pools: Pools) -> list[dict[str, ActivePages]]:
+        return [
+            {group: _active_spec(group, pool) for group, pool in level.items()} for level in pools
+        ]
+
+
+def _active_spec(group: str, pool: RankPool) -> ActivePages:
+    rows, columns = GROUP_AXES[group]
+    vector = None if pool.scale is None else spec(None, columns)
+    return ActivePages(
+        a=spec(None, "rank", rows),  # type: ignore[arg-type]
+        b=tuple(spec("rank", columns) for _ in ALL_GROUPS[group]),  # type: ignore[arg-type]
+        scale=vector,  # type: ignore[arg-type]
+        offset=vector,  # type: ignore[arg-type]
+    )
 
 
 def _specs(arrays: Any) -> Any:

@@ -200,7 +200,7 @@ class Runner:
         sampled, hidden = self._run(shape, arrays, max(asked, default=Kind.GREEDY))
         if self.in_order:
             jax.block_until_ready(sampled)
-        return Pending(plan, rows, sampled, self._scores(plan, shape, hidden))
+        return Pending(plan, rows, sampled, self._scores(plan, shape, hidden, rank_pages))
 
     def collect(self, pending: Pending) -> Result:
         """Waits for a step and gives its tokens and the log-probabilities that were asked for."""
@@ -289,22 +289,36 @@ class Runner:
                 prompt = start + np.arange(COUNT_TOKENS) < len(seq.prompt)
                 self.slots = self._count(self.slots, np.int32(seq.slot), tokens, prompt)
 
-    def _scores(self, plan: Plan, shape: Shape, hidden: jax.Array | None) -> list[Scored]:
+    def _scores(
+        self,
+        plan: Plan,
+        shape: Shape,
+        hidden: jax.Array | None,
+        rank_pages: Seq[Seq[int]],
+    ) -> list[Scored]:
         """Queues the scoring of prompt chunks whose log-probabilities were asked for."""
         scored: list[Scored] = []
-        for chunk, token, _, _ in _prefill_rows(plan, shape, _number(plan)):
+        number = _number(plan)
+        for chunk, token, _, _ in _prefill_rows(plan, shape, number):
             if chunk.seq.params.prompt_logprobs is None:
                 continue
             # position p predicts token p + 1; the last prompt position predicts the output
             targets = chunk.seq.prompt[chunk.start + 1 : chunk.stop + 1]
             calls = []
+            pools, pages = None, np.zeros(0, np.int32)
+            if self.rank_pages.support == "full":  # the head may be an adapter's own
+                pools = self.rank_pages.pools
+                pages = np.zeros(self.config.max_rank_pages, np.int32)
+                if chunk.seq.adapter is not None:
+                    own = rank_pages[number(chunk)]
+                    pages[: len(own)] = own
             for start in range(0, len(targets), SCORE_ROWS):
                 part = targets[start : start + SCORE_ROWS]
                 rows, padded = np.full(SCORE_ROWS, token, np.int32), np.zeros(SCORE_ROWS, np.int32)
                 rows[: len(part)] = token + start + np.arange(len(part))
                 padded[: len(part)] = part
                 sampled = self.programs.score(shape.tokens)(
-                    self.programs.weights, hidden, rows, padded
+                    self.programs.weights, pools, hidden, rows, padded, pages
                 )
                 calls.append((len(part), sampled))
             scored.append((chunk, calls))

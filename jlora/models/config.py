@@ -23,6 +23,11 @@ GROUPS: dict[str, tuple[str, ...]] = {
 }
 """Projections that share an input, in the order in which their outputs are fused."""
 
+VOCAB_GROUPS: dict[str, tuple[str, ...]] = {"embed": ("embed_tokens",), "head": ("lm_head",)}
+"""What adapters may change beside the layers: a linear map from tokens, and one to tokens."""
+
+ALL_GROUPS = GROUPS | VOCAB_GROUPS
+
 PROJECTIONS: tuple[str, ...] = tuple(part for parts in GROUPS.values() for part in parts)
 """The seven projections of a layer, by their checkpoint names."""
 
@@ -127,6 +132,8 @@ class ModelConfig:
             "gate_proj": (self.embed, self.mlp),
             "up_proj": (self.embed, self.mlp),
             "down_proj": (self.mlp, self.embed),
+            "embed_tokens": (self.vocab, self.embed),
+            "lm_head": (self.embed, self.vocab),
         }[projection]
 
     def bias(self, group: str) -> bool:

@@ -19,10 +19,16 @@ from jlora.ops import KV
 from jlora.quant import Dense, matmul
 from jlora.shape import Shape
 from jlora.sharding import AXIS, GROUP_AXES, Layout
-from kernels_pallas.lora_matmul import ActivePages, RankPool
+from kernels_pallas.lora_matmul import (
+    ActivePages,
+    RankPool,
+    Segments,
+    lora_delta,
+    lora_epilogue,
+)
 
 Pools = list[dict[str, RankPool]]
-"""Rank pools by layer and projection group."""
+"""Rank pools by layer and projection group, then, if adapters may change them, by VOCAB_GROUPS."""
 
 Adapters = Pools | list[dict[str, ActivePages]]
 """What a step takes: the pools, or copies of the active pages."""
@@ -45,11 +51,13 @@ class Linear(nnx.Module):
         pools: dict[str, RankPool] | dict[str, ActivePages] | None,
         batch: Batch,
     ) -> Float[Array, "T out"]:
-        """Projection plus the rows' adapter deltas, float32. The only all-reduce is the base's:
+        """Projection plus what the rows' adapters change, float32. The only all-reduce is the base's:
         for an input-sharded group the adapter's partial sum joins it."""
         own = pools[self.group] if pools is not None else None
         y = self.weight.matmul(x, own, batch.segments, self.parts)
         y = ops.all_reduce(y, self.summed_over)
+        if own is not None:
+            y = lora_epilogue(y, own, batch.segments)
         return y if self.bias is None else y + self.bias[...]
 
 
@@ -109,7 +117,8 @@ def forward(
     inv_freq, attention_scaling = rope_frequencies(cfg.rope, cfg.head_dim, cfg.max_positions)
     angle = jnp.maximum(batch.positions, 0)[:, None] * jnp.asarray(inv_freq, jnp.float32)
     turn = jnp.cos(angle) * attention_scaling, jnp.sin(angle) * attention_scaling
-    x = ops.embed(model.embed[...], tokens, model.tp)
+    own = _vocabulary(cfg, pools).get("embed")
+    x = ops.embed(model.embed[...], tokens, model.tp, own, batch.segments)
     out = []
     for index, layer in enumerate(model.layers):
         with jax.named_scope(f"layer{index}"):
@@ -168,12 +177,32 @@ def _keep(x: Float[Array, "T D"]) -> Float[Array, "T D"]:
     return jax.lax.optimization_barrier(x)
 
 
-def logits(model: Decoder, hidden: Float[Array, "B D"]) -> Float[Array, "B V"]:
-    """Scores over the whole vocabulary, float32, on every device; padding entries are cut off."""
+def logits(
+    model: Decoder,
+    hidden: Float[Array, "B D"],
+    pools: Adapters | None = None,
+    segments: Segments | None = None,
+) -> Float[Array, "B V"]:
+    """Scores over the whole vocabulary, float32, on every device; padding entries are cut off.
+
+    `segments` tells which adapter each of the B rows uses.
+    """
     if model.head is not None:
         local = model.head.matmul(hidden)
     else:
         local = matmul(hidden, model.embed[...].T)
+    own = _vocabulary(model.cfg, pools).get("head")
+    if own is not None and segments is not None:
+        width = local.shape[1:]
+        local += lora_delta(hidden, own, segments, part_sizes=width, out_dtype=jnp.float32)
+        local = lora_epilogue(local, own, segments)
     if model.tp > 1:
         local = jax.lax.all_gather(local, AXIS, axis=1, tiled=True)
     return local[:, : model.cfg.vocab]
+
+
+def _vocabulary(
+    cfg: ModelConfig, pools: Adapters | None
+) -> dict[str, RankPool] | dict[str, ActivePages]:
+    """What adapters change in the embedding and the head; empty if they may not."""
+    return pools[cfg.layers] if pools is not None and len(pools) > cfg.layers else {}

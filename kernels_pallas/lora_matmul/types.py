@@ -24,6 +24,13 @@ class RankPool:
     b: Float[Array, "P page N"]
     """Columns of part j expand part j's values. Scaling (alpha/r ...) is folded in."""
 
+    scale: Float[Array, "P N"] | None = None
+    """What `lora_epilogue` multiplies the rows of a page's owner with (DoRA): the same on all pages
+    of an adapter. None: nothing; this pool's users never need it."""
+
+    offset: Float[Array, "P N"] | None = None
+    """What `lora_epilogue` adds then (biases); there where `scale` is."""
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,6 +39,8 @@ class ActivePages:
 
     a: Float[Array, "parts Pa*page K"]
     b: tuple[Float[Array, "Pa*page part"], ...]
+    scale: Float[Array, "Pa N"] | None = None
+    offset: Float[Array, "Pa N"] | None = None
 
 
 @jax.tree_util.register_dataclass

@@ -31,7 +31,10 @@ def active_pages(
     ends = [sum(part_sizes[: j + 1]) for j in range(parts)]
     b = jnp.split(pool.b[pages], ends[:-1], axis=2)
     return ActivePages(
-        a=a.reshape(parts, -1, width), b=tuple(p.reshape(-1, p.shape[-1]) for p in b)
+        a=a.reshape(parts, -1, width),
+        b=tuple(p.reshape(-1, p.shape[-1]) for p in b),
+        scale=None if pool.scale is None else pool.scale[pages],
+        offset=None if pool.offset is None else pool.offset[pages],
     )
 
 
@@ -50,6 +53,36 @@ def lora_delta(
     u = jnp.where(_own(segments, u.shape[-1])[:, None], u, 0.0).astype(pool.a.dtype)
     out = [_dot(u[:, j], b, (1, 0)) for j, b in enumerate(pool.b)]
     return jnp.concatenate(out, axis=1) if parts > 1 else out[0]
+
+
+def lora_embedding(
+    tokens: Int[Array, " T"], pool: RankPool | ActivePages, segments: Segments
+) -> Float[Array, "T N"]:
+    """The LoRA part of an embedding's rows, in float32: the delta for one-hot inputs, whose shrink
+    is a look-up of A's columns."""
+    if isinstance(pool, RankPool):
+        u = pool.a[segments.pages[:, None], :, tokens].swapaxes(0, 1)  # [T, Pa, page]
+        u = u.reshape(tokens.shape[0], -1)
+        b = pool.b[segments.pages].reshape(-1, pool.b.shape[-1])
+    else:
+        u, (b,) = pool.a[0][:, tokens].T, pool.b
+    return _dot(jnp.where(_own(segments, u.shape[-1]), u, 0), b, (1, 0))
+
+
+def lora_epilogue(
+    y: Float[Array, "T N"], pool: RankPool | ActivePages, segments: Segments
+) -> Float[Array, "T N"]:
+    """y times its row's `scale` plus its `offset`; base rows as they are. y itself for a pool
+    without them. Under tensor parallelism it comes after the sum over devices."""
+    if pool.scale is None or pool.offset is None:
+        return y
+    own = _owners(segments)
+    page = jnp.argmax(own, axis=1)  # any page of the row's adapter
+    if isinstance(pool, RankPool):
+        page = segments.pages[page]
+    mine = own.any(axis=1)[:, None]
+    scale, offset = pool.scale[page].astype(y.dtype), pool.offset[page].astype(y.dtype)
+    return jnp.where(mine, y * scale + offset, y)
 
 
 def matmul(
@@ -82,8 +115,13 @@ def _accumulate(
 
 def _own(segments: Segments, ranks: int) -> jax.Array:
     """Whether rank row i is the row's own: [T, ranks], all pages' rank rows."""
-    own = (segments.adapter[:, None] == segments.owner) & (segments.adapter[:, None] >= 0)
+    own = _owners(segments)
     return jnp.repeat(own, ranks // own.shape[1], axis=1)
+
+
+def _owners(segments: Segments) -> jax.Array:
+    """Whether active page i is the row's own: [T, Pa]."""
+    return (segments.adapter[:, None] == segments.owner) & (segments.adapter[:, None] >= 0)
 
 
 def base_matmul(x: Float[Array, "T K"], w: Float[Array, "K N"]) -> Float[Array, "T N"]:

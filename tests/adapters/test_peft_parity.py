@@ -129,15 +129,8 @@ def test_an_adapter_saved_under_another_name_loads_from_its_folder(
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "dora": ({"target_modules": ["q_proj"], "use_dora": True}, "DoRA"),
-    "bias": ({"target_modules": ["q_proj"], "bias": "lora_only"}, "biases"),
-    "lora_bias": ({"target_modules": ["q_proj"], "lora_bias": True}, "lora_bias"),
-    "modules_to_save": ({"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, "modules_to_save"),
-    "embedding": ({"target_modules": ["q_proj", "embed_tokens"]}, "embedding"),
-    "lm_head": ({"target_modules": ["q_proj", "lm_head"]}, "output head"),
-    "trainable tokens": ({"target_modules": ["q_proj"], "trainable_token_indices": [1]}, "trainable"),
-    "pissa": ({"target_modules": ["q_proj"], "init_lora_weights": "pissa"}, "changes the base"),
-    "olora": ({"target_modules": ["q_proj"], "init_lora_weights": "olora"}, "changes the base"),
+    "pissa, random": ({"target_modules": ["q_proj"], "init_lora_weights": "pissa_niter_2"}, "cannot be"),
+    "norms": ({"target_modules": ["q_proj"], "modules_to_save": ["norm"]}, "trained norm"),
     "alora": ({"target_modules": ["q_proj"], "alora_invocation_tokens": [3]}, "aLoRA"),
 }  # fmt: skip
 

@@ -13,9 +13,11 @@ import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
+from jlora.adapters.adapter import SUPPORT
 from jlora.adapters.peft import read_adapter
 from jlora.adapters.pool import RankPages
 from jlora.batch import empty, pack, unpack
+from jlora.models.base import BaseWeights
 from jlora.models.config import ModelConfig
 from jlora.models.decoder import forward, logits
 from jlora.models.weights import load_weights
@@ -68,10 +70,11 @@ class Steps:
         pool_specs = P()
         if adapters:
             staged = []
-            layouts = [read_adapter(path, cfg) for path in adapters]
-            pages = RankPages(
-                cfg, layout, mesh, 1 + sum(-(-a.rank // PAGE) for a in layouts), dtype
-            )
+            base = BaseWeights(folder, cfg)
+            layouts = [read_adapter(path, cfg, base) for path in adapters]
+            count = 1 + sum(-(-max(a.rank, 1) // PAGE) for a in layouts)
+            support = max((a.support for a in layouts), key=SUPPORT.index)
+            pages = RankPages(cfg, layout, mesh, count, dtype, support=support)
             free = list(range(pages.num_pages, 0, -1))  # not in order, and one stays unused
             for adapter in layouts:
                 staged.append(pages.stage(adapter))
@@ -98,7 +101,7 @@ class Steps:
             batch = unpack(self.shape, packed)
             tokens = jnp.maximum(batch.tokens, 0)
             hidden, kv = forward(model, pools, kv, batch, self.shape, tokens)
-            return logits(model, hidden), kv
+            return logits(model, hidden, pools, batch.segments), kv
 
         self._step = jax.jit(
             jax.shard_map(

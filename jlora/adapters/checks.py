@@ -1,0 +1,184 @@
+"""Whether an adapter's config, its tensors and the base model agree: `check_modules`.
+
+Looks at names and shapes only. The tensors are the truth; what the config says must not contradict
+them, because then one of the two is not what its author meant.
+"""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+from jlora.adapters.adapter import NO_LAYER
+from jlora.adapters.keys import BLOCKS, VOCABULARY, Found, Kind, Place, shown_place
+from jlora.adapters.lora_config import CONFIG_FILE, LoraConfig
+from jlora.errors import AdapterError
+from jlora.models.config import ModelConfig
+
+Modules = Mapping[Place, Found]
+
+
+_FEATURES: tuple[tuple[Kind, str, str], ...] = (
+    ("magnitude", "DoRA", "use_dora"),
+    ("B.bias", "lora_bias", "lora_bias"),
+)
+
+
+def check_modules(modules: Modules, config: LoraConfig, cfg: ModelConfig, folder: Path) -> None:
+    """Raises AdapterError where config, tensors and base model disagree."""
+    _check_kinds(modules, config, folder)
+    _check_shapes(modules, config, cfg, folder)
+    _check_targets(modules, config, cfg, folder)
+
+
+def _check_kinds(modules: Modules, config: LoraConfig, folder: Path) -> None:
+    """What the config switches on and what the file holds must be the same."""
+    on = {"magnitude": config.use_dora, "B.bias": config.lora_bias}
+    for place, found in modules.items():
+        has, where = found.tensors, f"{folder}: {shown_place(*place)}"
+        for kind, feature, field in _FEATURES:
+            if kind in has and ("A" not in has or not on[kind]):
+                raise AdapterError(
+                    f"{where} has {has[kind].name[:160]!r}, but {CONFIG_FILE} does not say {field}"
+                    if "A" in has
+                    else f"{where} has {has[kind].name[:160]!r} but no lora_A and lora_B"
+                )
+            if on[kind] and "A" in has and kind not in has:
+                raise AdapterError(
+                    f"{where} has no {feature} tensor, though {CONFIG_FILE} says {field}"
+                )
+        saved = place[1] in config.saved
+        if "weight" in has and not saved:
+            raise AdapterError(
+                f"{where} has a full weight, {has['weight'].name[:160]!r}, which modules_to_save "
+                f"does not name (it names {', '.join(config.saved) or 'nothing'})"
+            )
+        if "bias" in has and not (config.biases or saved):
+            raise AdapterError(
+                f"{where} has a trained bias, {has['bias'].name[:160]!r}, but {CONFIG_FILE} says bias "
+                "'none'"
+            )
+        if "copy" in has and place[1] not in VOCABULARY:
+            raise AdapterError(
+                f"{folder}: {has['copy'].name[:160]!r} is a weight of the base itself"
+            )
+        if ("tokens" in has) != (place[1] in config.tokens) and place[0] == NO_LAYER:
+            raise AdapterError(
+                f"{where}: trainable_token_indices and the tensors disagree (one of them is missing)"
+            )
+        if "tokens" in has and place[0] != NO_LAYER:
+            raise AdapterError(f"{where} cannot have trainable tokens")
+    for name in config.tokens:
+        if (NO_LAYER, name) not in modules:
+            raise AdapterError(f"{folder}: trainable_token_indices names {name}, without tensors")
+    for name in config.saved:
+        if not any(place[1] == name and "weight" in modules[place].tensors for place in modules):
+            raise AdapterError(f"{folder}: modules_to_save names {name!r}, which has no tensors")
+
+
+def _check_shapes(modules: Modules, config: LoraConfig, cfg: ModelConfig, folder: Path) -> None:
+    for place, found in modules.items():
+        has = found.tensors
+        if "A" in has:
+            _check_pair(place, found, config, cfg, folder)
+        width, out = cfg.shape(place[1])
+        stored = (width, out) if place[1] == VOCABULARY[0] else (out, width)
+        expected: dict[Kind, tuple[int, ...]] = {
+            "magnitude": (out,),
+            "B.bias": (out,),
+            "bias": (out,),
+            "weight": stored,
+            "copy": stored,
+        }
+        if "tokens" in has:
+            index = config.tokens[place[1]]
+            expected["tokens"] = (len(index), cfg.embed)
+            if max(index, default=0) >= cfg.vocab:
+                raise AdapterError(
+                    f"{folder}: trainable_token_indices names token {max(index)}, {cfg.name!r} has "
+                    f"tokens 0 to {cfg.vocab - 1}; adapters that add tokens are not supported"
+                )
+        for kind, shape in expected.items():
+            if kind in has and has[kind].shape != shape:
+                hint = ""
+                if place[1] in VOCABULARY and kind in ("weight", "copy"):
+                    hint = "; adapters that add tokens are not supported"
+                raise AdapterError(
+                    f"{folder}: {has[kind].name[:160]!r} is {list(has[kind].shape)}, expected "
+                    f"{list(shape)}{hint}"
+                )
+
+
+def _check_pair(
+    place: Place, found: Found, config: LoraConfig, cfg: ModelConfig, folder: Path
+) -> None:
+    where, a, b = f"{folder}: {shown_place(*place)}", found.tensors["A"], found.tensors["B"]
+    if len(a.shape) != 2 or len(b.shape) != 2:
+        raise AdapterError(
+            f"{where}: lora_A {list(a.shape)} and lora_B {list(b.shape)} must be matrices"
+        )
+    width, out = cfg.shape(place[1])
+    (rank, got_width), (got_out, rank_b) = a.shape, b.shape
+    if (got_width, got_out) != (width, out):
+        raise AdapterError(
+            f"{where} has lora_A {list(a.shape)} and lora_B {list(b.shape)}, "
+            f"expected [r, {width}] and [{out}, r]; was this adapter trained on another base "
+            f"model? {CONFIG_FILE} says {config.base_model!r}, this server runs {cfg.name!r}"
+        )
+    if rank != rank_b or rank == 0:
+        raise AdapterError(f"{where} has rank {rank} in lora_A and rank {rank_b} in lora_B")
+    if rank != (said := config.rank_of(found.name)):
+        raise AdapterError(f"{where} has rank {rank} in its tensors, {CONFIG_FILE} says {said}")
+    if not math.isfinite(config.scaling_of(found.name, rank)):
+        raise AdapterError(f"{where}: lora_alpha / r is not finite")
+
+
+def _check_targets(modules: Modules, config: LoraConfig, cfg: ModelConfig, folder: Path) -> None:
+    """target_modules and layers_to_transform, where they are lists, must agree with the tensors."""
+    if config.layers is not None and (high := max(config.layers)) >= cfg.layers:
+        raise AdapterError(
+            f"{folder}: layers_to_transform names layer {high}, {cfg.name!r} has layers 0 to "
+            f"{cfg.layers - 1}"
+        )
+    if config.targets is None:
+        return
+    pairs = {place for place, found in modules.items() if "A" in found.tensors}
+    expected: set[Place] = set()
+    for target in config.targets:
+        places = _targeted(target, config.layers, cfg)
+        if not places:
+            raise AdapterError(
+                f"{folder}: target_modules lists {target[:120]!r}, which has no tensors"
+            )
+        expected |= places
+    if extra := sorted(pairs - expected):
+        raise AdapterError(
+            f"{folder}: {shown_place(*extra[0])} has tensors but target_modules and "
+            f"layers_to_transform do not name it ({len(extra)} such modules)"
+        )
+    missing = sorted(expected - pairs)
+    if config.excluded is None:  # a regex: what it takes away is not known
+        seen = {projection for _, projection in pairs}
+        missing = [place for place in missing if place[1] not in seen]
+    else:
+        away = set().union(*(_targeted(name, None, cfg) for name in config.excluded))
+        missing = [place for place in missing if place not in away]
+    if missing:
+        raise AdapterError(
+            f"{folder}: target_modules names {shown_place(*missing[0])}, which has no tensors "
+            f"({len(missing)} modules lack theirs); is the file complete?"
+        )
+
+
+def _targeted(target: str, layers: frozenset[int] | None, cfg: ModelConfig) -> set[Place]:
+    """Projections that an entry of target_modules names: a name, or a path that ends in one."""
+    words = target.split(".")
+    if words[-1] in VOCABULARY:
+        return {(NO_LAYER, words[-1])}
+    if words[-1] not in BLOCKS or (len(words) > 1 and words[-2] != BLOCKS[words[-1]]):
+        return set()
+    if len(words) <= 2:
+        return {(layer, words[-1]) for layer in layers or range(cfg.layers)}
+    layer = words[-3]
+    if not (layer.isascii() and layer.isdigit()) or int(layer[:7]) >= cfg.layers:
+        return set()
+    return {(int(layer), words[-1])}  # peft: a full name counts in spite of layers_to_transform

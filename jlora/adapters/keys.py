@@ -1,0 +1,145 @@
+"""Names of tensors in a PEFT file: which module of the base a tensor is for, and what it is to it.
+
+Every name has exactly one meaning, or is refused with the reason. Names come with or without
+peft's prefix, with or without the adapter's name, and with the wrappers that trainers leave.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from jlora.adapters.adapter import NO_LAYER
+from jlora.adapters.tensors import FLOATS, TensorInfo
+from jlora.errors import AdapterError
+from jlora.models.config import PROJECTIONS, VOCAB_GROUPS, ModelConfig
+
+Kind = Literal["A", "B", "B.bias", "magnitude", "bias", "weight", "copy", "tokens"]
+"""A, B: the pair. B.bias: lora_bias. magnitude: DoRA. bias: the base's bias, replaced. weight: the
+base's weight, replaced (modules_to_save). copy: the embedding that peft writes beside a LoRA on
+it. tokens: rows of the embedding, replaced (trainable tokens)."""
+
+Place = tuple[int, str]
+"""(layer, projection); NO_LAYER for embed_tokens and lm_head."""
+
+# What a module's path may start with: wrappers of trainers and multi-modal models around the
+# decoder. Words such as vision_tower are not here, so that their layers are never taken for ours.
+WRAPPERS = frozenset({"base_model", "model", "language_model", "module", "_orig_mod"})
+BLOCKS = {name: "mlp" if name in ("gate_proj", "up_proj", "down_proj") else "self_attn"
+          for name in PROJECTIONS}  # fmt: skip
+VOCABULARY = tuple(part for parts in VOCAB_GROUPS.values() for part in parts)
+
+# Fixed patterns of ours, without nested repeats: linear on any name. The group is the adapter's name.
+_NAME = r"(?:\.(?!weight$)([A-Za-z0-9_-]+))?"
+_SUFFIXES: tuple[tuple[Kind, str], ...] = (
+    ("A", rf"\.lora_A{_NAME}\.weight"),
+    ("B", rf"\.lora_B{_NAME}\.weight"),
+    ("B.bias", rf"\.lora_B{_NAME}\.bias"),
+    ("A", rf"\.lora_embedding_A{_NAME}"),
+    ("B", rf"\.lora_embedding_B{_NAME}"),
+    ("magnitude", rf"\.lora_magnitude_vector{_NAME}(?:\.weight)?"),
+    ("tokens", rf"\.token_adapter\.trainable_tokens_delta{_NAME}"),
+    ("bias", r"\.base_layer\.bias"),
+    ("bias", rf"\.modules_to_save{_NAME}\.bias"),
+    ("bias", r"\.bias"),
+    ("copy", r"\.base_layer\.weight"),
+    ("weight", rf"\.modules_to_save{_NAME}\.weight"),
+    ("weight", r"\.weight"),
+)
+_KINDS: tuple[tuple[Kind, re.Pattern[str]], ...] = tuple(
+    (kind, re.compile(rf"([^\n]+){suffix}")) for kind, suffix in _SUFFIXES
+)
+_MODULE = re.compile(r"layers\.([0-9]{1,6})\.(self_attn|mlp)\.([a-z_]+)")
+_FEATURES: tuple[tuple[str, str], ...] = (
+    ("lora_diag", "KaSA"),
+    ("lora_velora", "VeLoRA's state"),
+    ("experts", "LoRA on MoE experts"),
+    ("norm.", "a trained norm (modules_to_save)"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """What a file holds for one module."""
+
+    name: str
+    """The module's name as peft saw it in training: what patterns are matched against."""
+    tensors: dict[Kind, TensorInfo] = field(default_factory=dict)
+
+
+def sort_tensors(
+    header: Mapping[str, TensorInfo], cfg: ModelConfig, folder: Path
+) -> dict[Place, Found]:
+    """Gives every tensor its place; one that has none is an AdapterError, and so is half a pair."""
+    modules: dict[Place, Found] = {}
+    adapters: set[str] = set()
+    for key, info in header.items():
+        if info.dtype not in FLOATS:
+            raise AdapterError(
+                f"{folder}: tensor {key[:160]!r} holds {info.dtype}, expected floats"
+            )
+        module, kind, adapter = _split(key, folder)
+        place = _place(module, key, cfg, folder)
+        found = modules.setdefault(place, Found(name=module))
+        if kind in found.tensors:
+            other = found.tensors[kind].name
+            raise AdapterError(f"{folder}: {key[:160]!r} and {other[:160]!r} are the same tensor")
+        found.tensors[kind] = info
+        if adapter is not None:
+            adapters.add(adapter)
+    if not modules:
+        raise AdapterError(f"{folder}: its file holds no tensors")
+    if len(adapters) > 1:
+        shown = ", ".join(sorted(name or "(none)" for name in adapters))
+        raise AdapterError(f"{folder} mixes tensors of several adapters: {shown[:160]}")
+    for (layer, projection), found in modules.items():
+        halves = found.tensors.keys() & {"A", "B"}
+        if len(halves) == 1:
+            (half,) = halves
+            raise AdapterError(
+                f"{folder}: {shown_place(layer, projection)} has lora_{half} but no "
+                f"lora_{'B' if half == 'A' else 'A'}"
+            )
+    return modules
+
+
+def shown_place(layer: int, projection: str) -> str:
+    """ "q_proj in layer 3", for messages."""
+    return projection if layer == NO_LAYER else f"{projection} in layer {layer}"
+
+
+def _split(key: str, folder: Path) -> tuple[str, Kind, str | None]:
+    """("model.layers.0.self_attn.q_proj", "A", adapter name, or None where names never hold it)."""
+    for mark, feature in _FEATURES:
+        if mark in key:
+            raise AdapterError(f"{folder}: {feature} is not supported (tensor {key[:160]!r})")
+    for kind, pattern in _KINDS:
+        match = pattern.fullmatch(key)
+        if match is not None:
+            module = match[1].removeprefix("base_model.model.")
+            named = pattern.groups == 2
+            return module, kind, (match[2] or "") if named else None
+    raise AdapterError(f"{folder}: {key[:160]!r} is an unknown tensor")
+
+
+def _place(module: str, key: str, cfg: ModelConfig, folder: Path) -> Place:
+    """(layer, projection) of a module's name, whatever wraps the decoder."""
+    words = module.split(".")
+    start = next((i for i, word in enumerate(words) if word not in WRAPPERS), len(words))
+    rest = ".".join(words[start:])
+    if start <= 8 and rest in VOCABULARY:
+        return NO_LAYER, rest
+    match = _MODULE.fullmatch(rest) if start <= 8 else None
+    if match is None or BLOCKS.get(match[3]) != match[2]:
+        raise AdapterError(
+            f"{folder}: tensor {key[:160]!r} is for none of the modules that LoRA is supported on "
+            f"({', '.join(PROJECTIONS)} of a decoder layer, {', '.join(VOCABULARY)})"
+        )
+    layer = int(match[1])
+    if layer >= cfg.layers:
+        raise AdapterError(
+            f"{folder}: tensor {key[:160]!r} is for layer {layer}, {cfg.name!r} has layers 0 to "
+            f"{cfg.layers - 1}; was this adapter trained on another base model?"
+        )
+    return layer, match[3]
