@@ -107,7 +107,8 @@ def merge_checkpoint(
         raise ModelError(f"{output} exists: nothing is overwritten, name a new folder")
     cfg = ModelConfig.from_folder(model)
     checkpoint = Checkpoint.open(model)
-    checkpoint.check(tensor_shapes(cfg, sources_of(cfg, Layout(cfg, 1))), tied=cfg.tied)
+    expected = tensor_shapes(cfg, sources_of(cfg, Layout(cfg, 1)))
+    checkpoint.check(expected, tied=cfg.tied, multimodal=cfg.multimodal)
     deltas = {tensor_name(layer, name): pair for (layer, name), pair in pairs.items()}
     kinds = {name: _kind(stored, dtype) for name, stored in checkpoint.tensors.items()}
     shards = _shards(checkpoint.tensors, kinds, max_shard_bytes)
@@ -197,7 +198,7 @@ def _header(
     at = 0
     for name in names:
         size = _bytes(tensors[name], kinds[name])
-        header[name] = {
+        header[tensors[name].name] = {
             "dtype": kinds[name][1],
             "shape": list(tensors[name].shape),
             "data_offsets": [at, at + size],
@@ -236,7 +237,7 @@ def _write_index(
     index = {
         "metadata": {"total_size": sum(_bytes(s, kinds[n]) for n, s in tensors.items())},
         "weight_map": {
-            name: _file(number, len(shards))
+            tensors[name].name: _file(number, len(shards))
             for number, names in enumerate(shards, start=1)
             for name in names
         },

@@ -1,5 +1,8 @@
 """The functions that the decoder is made of. Pure; local shapes under tensor parallelism."""
 
+from collections.abc import Callable
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -20,10 +23,17 @@ KV = tuple[Float[Array, "P K page H"], Float[Array, "P K page H"]]
 """One layer's keys and values."""
 
 
-def rms_norm(x: Float[Array, "... D"], weight: Float[Array, "D"], eps: float) -> Array:
-    """x / rms(x) · weight over the last axis, computed in float32."""
+def rms_norm(
+    x: Float[Array, "... D"], weight: Float[Array, "D"], eps: float, plus_one: bool = False
+) -> Array:
+    """x / rms(x) · weight over the last axis, computed in float32.
+
+    `plus_one`: times 1 + weight, also in float32 (Gemma; others round to x's type before).
+    """
     wide = x.astype(jnp.float32)
     scale = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    if plus_one:
+        return (wide * scale * (1 + weight.astype(jnp.float32))).astype(x.dtype)
     return (wide * scale).astype(x.dtype) * weight
 
 
@@ -35,6 +45,18 @@ def rope(
     cos, sin = cos[:, None, :], sin[:, None, :]
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return turned.astype(x.dtype)
+
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu,
+    "gelu_tanh": partial(jax.nn.gelu, approximate=True),
+}
+"""The gate's activation by its name in `ModelConfig`."""
+
+
+def softcap(x: Array, cap: float | None) -> Array:
+    """x squeezed into -cap..cap by tanh; None: x."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
 
 
 def all_reduce(x: Array, tp: int) -> Array:
@@ -75,8 +97,13 @@ def attention(
     decode: int,
     block: int,
     window: int | None,
+    scale: float | None = None,
+    cap: float | None = None,
 ) -> tuple[Float[Array, "T N H"], KV]:
-    """Stores the step's K/V in its pages, then attends over each row's whole context."""
+    """Stores the step's K/V in its pages, then attends over each row's whole context.
+
+    `scale`: factor on the scores, None: H ** -0.5; `cap`: their softcap.
+    """
     pages, offsets = kv_place(batch, kv[0].shape[2], decode, block)
     # A masked position weighs 0, and 0 · NaN is NaN: what an adapter that overflows leaves in a page
     # must not reach the page's next owner. (Masked keys are harmless: their score is replaced.)
@@ -90,8 +117,9 @@ def attention(
         batch.positions,
         decode=decode,
         block=block,
-        scale=q.shape[-1] ** -0.5,
+        scale=q.shape[-1] ** -0.5 if scale is None else scale,
         window=window,
+        softcap=cap,
     )
     return out, (keys, values)
 

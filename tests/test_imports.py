@@ -21,6 +21,8 @@ NO_JAX = [
     "chat_template",
     "cli",
     "models.config",
+    "models.config_file",
+    "models.families",
     "models.rope",
     "models.checkpoint",
     "adapters.adapter",

@@ -52,6 +52,15 @@ _LLAMA3 = {
 }
 _YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
 
+_GEMMA: dict[str, Any] = {
+    "num_hidden_layers": 3,
+    "head_dim": 24,
+    "query_pre_attn_scalar": 20,
+    "sliding_window": 16,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "tie_word_embeddings": True,
+}
+
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
     "llama_tied": ("Llama", {"tie_word_embeddings": True}),
@@ -78,8 +87,27 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1},
     ),
     "qwen3": ("Qwen3", {"head_dim": 32, "use_sliding_window": False}),
+    # soft caps small enough to bend scores and logits
+    "gemma2": (
+        "Gemma2",
+        _GEMMA
+        | {"attn_logit_softcapping": 4.0, "final_logit_softcapping": 12.0, "num_hidden_layers": 2},
+    ),
+    "gemma3": (
+        "Gemma3",
+        _GEMMA
+        | {
+            "sliding_window_pattern": 3,
+            "rope_theta": 1e6,
+            "rope_local_base_freq": 10000.0,
+            "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+        },
+    ),
 }
 """family -> (transformers' class stem, what it changes in the config)."""
+
+MODEL_TYPES = {"Gemma3": "gemma3_text"}
+"""Where it is not the class stem in lower case."""
 
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
@@ -91,7 +119,7 @@ def model_config(
     stem, changes = FAMILIES[family]
     config = {
         "architectures": [f"{stem}ForCausalLM"],
-        "model_type": stem.lower(),
+        "model_type": MODEL_TYPES.get(stem, stem.lower()),
         **_BASE,
         **changes,
         **overrides,
@@ -101,6 +129,16 @@ def model_config(
     rope = dict(config.pop("rope_scaling", None) or {"rope_type": "default"})
     rope.setdefault("rope_type", rope.pop("type", "default"))
     config["rope_parameters"] = rope | {"rope_theta": config.pop("rope_theta")}
+    if (local := config.pop("rope_local_base_freq", None)) is not None:
+        config["rope_parameters"] = {
+            "full_attention": config["rope_parameters"],
+            "sliding_attention": {"rope_type": "default", "rope_theta": local},
+        }
+    if (every := config.pop("sliding_window_pattern", None)) is not None:
+        config["layer_types"] = [
+            "sliding_attention" if (layer + 1) % every else "full_attention"
+            for layer in range(config["num_hidden_layers"])
+        ]
     return config | {"dtype": dtype, "transformers_version": "5.0.0"}
 
 
@@ -124,7 +162,9 @@ def make_model(
     _write_json(folder / "generation_config.json", {"bos_token_id": 1, "eos_token_id": eos})
     rng = np.random.default_rng(seed)
     tensors = {
-        name: _random(rng, name, shape).astype(DTYPES[dtype])
+        name: (_random(rng, name, shape) - ("gemma" in family and "norm" in name)).astype(
+            DTYPES[dtype]
+        )
         for name, shape in model_shapes(config).items()
     }
     write_tensors(folder, tensors, shards)
@@ -141,6 +181,7 @@ def model_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     head_dim = config.get("head_dim") or embed // heads
     q, kv = heads * head_dim, config["num_key_value_heads"] * head_dim
     llama, qwen2 = config["model_type"] == "llama", config["model_type"] == "qwen2"
+    gemma = config["model_type"].startswith("gemma")
     attention_bias = llama and config.get("attention_bias", False)
     mlp_bias = llama and config.get("mlp_bias", False)
     linear = {  # module: (out, in, bias)
@@ -162,7 +203,10 @@ def model_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         prefix = f"model.layers.{layer}."
         shapes[prefix + "input_layernorm.weight"] = (embed,)
         shapes[prefix + "post_attention_layernorm.weight"] = (embed,)
-        if config["model_type"] == "qwen3":
+        if gemma:
+            shapes[prefix + "pre_feedforward_layernorm.weight"] = (embed,)
+            shapes[prefix + "post_feedforward_layernorm.weight"] = (embed,)
+        if config["model_type"] in ("qwen3", "gemma3_text"):
             shapes[prefix + "self_attn.q_norm.weight"] = (head_dim,)
             shapes[prefix + "self_attn.k_norm.weight"] = (head_dim,)
         for module, (rows, columns, bias) in linear.items():

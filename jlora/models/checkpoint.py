@@ -23,6 +23,12 @@ FLOATS = ("F64", "F32", "BF16", "F16")
 _HARMLESS = re.compile(r"(.*\.)?rotary_emb\.inv_freq")
 """Tensors of old checkpoints that carry nothing: recomputed from the config."""
 
+_TEXT_PART = re.compile(
+    r"^(?:(?:language_model\.model|model\.language_model)\.|language_model\.(?=lm_head\.))"
+)
+_OTHER_PARTS = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\..*")
+"""Tensors of a model that also sees: what is not the text part's."""
+
 Read = Callable[[str, np.ndarray, np.ndarray | None], np.ndarray]
 """read(tensor, rows, columns or None) -> [rows, columns]; index -1 gives zeros."""
 
@@ -32,13 +38,15 @@ class Stored:
     """Where a tensor is and what it looks like."""
 
     file: Path
+    name: str
+    """The tensor's name in the file; its key among `Checkpoint.tensors` is the decoder's."""
     shape: tuple[int, ...]
     dtype: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """The tensors of a folder by name."""
+    """The tensors of a folder by name: the text part's names are those it would have alone."""
 
     folder: Path
     tensors: Mapping[str, Stored]
@@ -61,7 +69,7 @@ class Checkpoint:
             )
         tensors: dict[str, Stored] = {}
         for file in files:
-            for name, stored in _headers(folder / file).items():
+            for name, stored in _headers(folder / file):
                 if name in tensors:
                     raise ModelError(f"{folder}: {name} is in {tensors[name].file.name} and {file}")
                 tensors[name] = stored
@@ -69,7 +77,7 @@ class Checkpoint:
             wrong = [
                 f"{name} ({file})"
                 for name, file in promised.items()
-                if name not in tensors or tensors[name].file.name != file
+                if (own := tensors.get(_alone(name))) is None or own.file.name != file
             ]
             if wrong:
                 raise ModelError(
@@ -77,8 +85,13 @@ class Checkpoint:
                 )
         return cls(folder=folder, tensors=tensors)
 
-    def check(self, expected: Mapping[str, tuple[int, ...]], *, tied: bool) -> None:
-        """Raises one ModelError that lists missing, extra, mis-shaped and non-float tensors."""
+    def check(
+        self, expected: Mapping[str, tuple[int, ...]], *, tied: bool, multimodal: bool = False
+    ) -> None:
+        """Raises one ModelError that lists missing, extra, mis-shaped and non-float tensors.
+
+        `multimodal`: the parts beside the text's may be there; they are not read.
+        """
         found = self.tensors
         missing = [name for name in expected if name not in found]
         extra = [
@@ -87,6 +100,7 @@ class Checkpoint:
             if name not in expected
             and not _HARMLESS.fullmatch(name)
             and not (tied and name == "lm_head.weight")
+            and not (multimodal and _OTHER_PARTS.fullmatch(name))
         ]
         shapes = [
             f"{name} is {list(found[name].shape)}, expected {list(shape)}"
@@ -118,7 +132,7 @@ class Checkpoint:
                 stored = self.tensors[name]
                 if stored.file not in handles:
                     handles[stored.file] = stack.enter_context(safe_open(stored.file, "numpy"))
-                tensor = handles[stored.file].get_slice(name)
+                tensor = handles[stored.file].get_slice(stored.name)
                 block = _gather(tensor, stored.shape, rows, columns)
                 with np.errstate(over="ignore"):  # reported below, by name
                     cast = block.astype(dtype, copy=False)
@@ -156,14 +170,22 @@ def _gather(
     return block
 
 
-def _headers(file: Path) -> dict[str, Stored]:
+def _alone(name: str) -> str:
+    """A tensor's name in a checkpoint of the text part alone."""
+    return _TEXT_PART.sub(lambda match: "" if match[0] == "language_model." else "model.", name, 1)
+
+
+def _headers(file: Path) -> list[tuple[str, Stored]]:
     try:
         with safe_open(file, "numpy") as handle:
             slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
-            return {
-                name: Stored(file=file, shape=tuple(s.get_shape()), dtype=s.get_dtype())
+            return [
+                (
+                    _alone(name),
+                    Stored(file=file, name=name, shape=tuple(s.get_shape()), dtype=s.get_dtype()),
+                )
                 for name, s in slices.items()
-            }
+            ]
     except FileNotFoundError:
         raise ModelError(f"{file} is missing, though {INDEX} names it") from None
     except (SafetensorError, OSError) as error:

@@ -1,4 +1,4 @@
-"""The one decoder: Llama, SmolLM2, Mistral, Qwen2 and Qwen3 by facts of the config, never by name.
+"""The one decoder: all families by facts of the config, never by name.
 
 `forward(model, pools, kv, batch, shape) -> (hidden, kv)` is pure; it runs under `jax.shard_map`
 and sees local shapes. Adapters come in as rank pools (an argument, never module state).
@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from jlora import ops
 from jlora.batch import Batch
-from jlora.models.config import ModelConfig, rope_frequencies
+from jlora.models.config import ModelConfig, RopeConfig, rope_frequencies
 from jlora.ops import KV
 from jlora.quant import Dense, matmul
 from jlora.shape import Shape
@@ -72,9 +72,11 @@ class Layer(nnx.Module):
         self.q_norm = _norm(cfg.head_dim, dtype) if cfg.qk_norm else None
         self.k_norm = _norm(cfg.head_dim, dtype) if cfg.qk_norm else None
         self.o = linear("o", cfg.o_bias)
+        self.attn_post_norm = _norm(cfg.embed, dtype) if cfg.post_norms else None
         self.mlp_norm = _norm(cfg.embed, dtype)
         self.gate_up = linear("gate_up", cfg.mlp_bias)
         self.down = linear("down", cfg.mlp_bias)
+        self.mlp_post_norm = _norm(cfg.embed, dtype) if cfg.post_norms else None
 
 
 def _norm(width: int, dtype: jnp.dtype) -> nnx.Param:
@@ -114,25 +116,41 @@ def forward(
     stored. DONATES kv when the caller's jit does.
     """
     cfg = model.cfg
-    inv_freq, attention_scaling = rope_frequencies(cfg.rope, cfg.head_dim, cfg.max_positions)
-    angle = jnp.maximum(batch.positions, 0)[:, None] * jnp.asarray(inv_freq, jnp.float32)
-    turn = jnp.cos(angle) * attention_scaling, jnp.sin(angle) * attention_scaling
+    turn = local_turn = _turn(cfg, cfg.rope, batch)
+    if cfg.local_rope is not None:
+        local_turn = _turn(cfg, cfg.local_rope, batch)
     own = _vocabulary(cfg, pools).get("embed")
     x = ops.embed(model.embed[...], tokens, model.tp, own, batch.segments)
+    if cfg.embed_scale is not None:
+        x = x * jnp.asarray(cfg.embed_scale, x.dtype)
     out = []
     for index, layer in enumerate(model.layers):
         with jax.named_scope(f"layer{index}"):
             x, layer_kv = _layer(
                 layer,
                 x,
-                turn,
+                turn if cfg.windows[index] is None else local_turn,
                 kv[index],
                 pools[index] if pools is not None else None,
                 batch,
                 _Static(cfg, shape.decode, shape.block, cfg.windows[index]),
             )
         out.append(layer_kv)
-    return ops.rms_norm(x, model.norm[...], cfg.norm_eps), out
+    return _normed(x, model.norm, cfg), out
+
+
+def _turn(cfg: ModelConfig, rope: RopeConfig, batch: Batch) -> tuple[Array, Array]:
+    """cos and sin of each token's angles, [T, half]."""
+    inv_freq, scaling = rope_frequencies(rope, cfg.head_dim, cfg.max_positions)
+    angle = jnp.maximum(batch.positions, 0)[:, None] * jnp.asarray(inv_freq, jnp.float32)
+    return jnp.cos(angle) * scaling, jnp.sin(angle) * scaling
+
+
+def _normed(x: Float[Array, "... D"], weight: nnx.Param | None, cfg: ModelConfig) -> Array:
+    """x RMS-normalised; a norm that the model lacks changes nothing."""
+    if weight is None:
+        return x
+    return ops.rms_norm(x, weight[...], cfg.norm_eps, cfg.norm_plus_one)
 
 
 class _Static(tuple):
@@ -154,21 +172,23 @@ def _layer(
 ) -> tuple[Float[Array, "T D"], KV]:
     cfg, decode, block, window = static
     tokens, dtype = x.shape[0], x.dtype
-    h = ops.rms_norm(x, layer.attn_norm[...], cfg.norm_eps)
+    h = _normed(x, layer.attn_norm, cfg)
     qkv = layer.qkv(h, pools, batch).astype(dtype)
     widths = layer.qkv.parts
     q, k, v = jnp.split(qkv, (widths[0], widths[0] + widths[1]), axis=1)
     q, k, v = (part.reshape(tokens, -1, cfg.head_dim) for part in (q, k, v))  # [T, N|K, H]
-    if layer.q_norm is not None and layer.k_norm is not None:
-        q = ops.rms_norm(q, layer.q_norm[...], cfg.norm_eps)
-        k = ops.rms_norm(k, layer.k_norm[...], cfg.norm_eps)
+    q, k = _normed(q, layer.q_norm, cfg), _normed(k, layer.k_norm, cfg)
     q, k = ops.rope(q, *turn), ops.rope(k, *turn)
-    out, kv = ops.attention(q, k, v, kv, batch, decode=decode, block=block, window=window)
-    x = _keep(x + layer.o(out.reshape(tokens, -1), pools, batch).astype(dtype))
-    h = ops.rms_norm(x, layer.mlp_norm[...], cfg.norm_eps)
+    scale, cap = cfg.attention_scale, cfg.attention_softcap
+    own = {"decode": decode, "block": block, "window": window, "scale": scale, "cap": cap}
+    out, kv = ops.attention(q, k, v, kv, batch, **own)
+    out = layer.o(out.reshape(tokens, -1), pools, batch).astype(dtype)
+    x = _keep(x + _normed(out, layer.attn_post_norm, cfg))
+    h = _normed(x, layer.mlp_norm, cfg)
     gate, up = jnp.split(layer.gate_up(h, pools, batch), 2, axis=1)
-    h = (jax.nn.silu(gate) * up).astype(dtype)
-    return _keep(x + layer.down(h, pools, batch).astype(dtype)), kv
+    h = (ops.ACTIVATIONS[cfg.activation](gate) * up).astype(dtype)
+    out = layer.down(h, pools, batch).astype(dtype)
+    return _keep(x + _normed(out, layer.mlp_post_norm, cfg)), kv
 
 
 def _keep(x: Float[Array, "T D"]) -> Float[Array, "T D"]:
@@ -198,7 +218,7 @@ def logits(
         local = lora_epilogue(local, own, segments)
     if model.tp > 1:
         local = jax.lax.all_gather(local, AXIS, axis=1, tiled=True)
-    return local[:, : model.cfg.vocab]
+    return ops.softcap(local[:, : model.cfg.vocab], model.cfg.logits_softcap)
 
 
 def _vocabulary(

@@ -126,7 +126,14 @@ def tensor_name(layer: int, projection: str, kind: str = "weight") -> str:
 def _layer(cfg: ModelConfig, layout: Layout, layer: int) -> Iterator[Source]:
     here, prefix = ("layers", layer), f"model.layers.{layer}"
     yield _norm((*here, "attn_norm"), f"{prefix}.input_layernorm.weight", cfg.embed)
-    yield _norm((*here, "mlp_norm"), f"{prefix}.post_attention_layernorm.weight", cfg.embed)
+    after_attention = f"{prefix}.post_attention_layernorm.weight"
+    if cfg.post_norms:
+        yield _norm((*here, "attn_post_norm"), after_attention, cfg.embed)
+        before, after = (f"{prefix}.{at}_feedforward_layernorm.weight" for at in ("pre", "post"))
+        yield _norm((*here, "mlp_norm"), before, cfg.embed)
+        yield _norm((*here, "mlp_post_norm"), after, cfg.embed)
+    else:  # the name notwithstanding, it is the MLP's own norm
+        yield _norm((*here, "mlp_norm"), after_attention, cfg.embed)
     if cfg.qk_norm:
         for name in ("q_norm", "k_norm"):
             yield _norm((*here, name), f"{prefix}.self_attn.{name}.weight", cfg.head_dim)
@@ -177,7 +184,7 @@ def load_weights(
     cfg = layout.cfg
     table = sources(cfg, layout, copy_head)
     checkpoint = Checkpoint.open(folder)
-    checkpoint.check(tensor_shapes(cfg, table), tied=cfg.tied)
+    checkpoint.check(tensor_shapes(cfg, table), tied=cfg.tied, multimodal=cfg.multimodal)
 
     def make(source: Source, dtype: np.dtype) -> jax.Array:
         place = sharding(mesh, *source.axes)
@@ -208,7 +215,8 @@ def dummy_weights(
     def make(source: Source, dtype: np.dtype) -> jax.Array:
         place, key = sharding(mesh, *source.axes), next(keys)
         if source.axes == ("norm",):
-            return jax.device_put(np.ones(source.shape, dtype), place)
+            fill = np.zeros if layout.cfg.norm_plus_one else np.ones
+            return jax.device_put(fill(source.shape, dtype), place)
         fan_in = source.shape[0] if source.transposed else 1
         return _random(source.shape, fan_in, dtype, place)(key)
 

@@ -43,8 +43,13 @@ def test_facts_equal_those_of_transformers(tiny_model, family, dialect):
     default_head_dim = theirs.hidden_size // theirs.num_attention_heads
     assert ours.head_dim == getattr(theirs, "head_dim", default_head_dim)
     assert ours.eos_ids == (theirs.eos_token_id,)
-    assert ours.rope.theta == theirs.rope_parameters["rope_theta"]
-    assert ours.rope.kind == theirs.rope_parameters["rope_type"]
+    rope = theirs.rope_parameters
+    ropes = [(ours.rope, rope.get("full_attention", rope))]
+    if ours.local_rope is not None:
+        ropes.append((ours.local_rope, rope["sliding_attention"]))
+    for mine, parameters in ropes:
+        assert mine.theta == parameters["rope_theta"]
+        assert mine.kind == parameters["rope_type"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -77,6 +82,14 @@ def test_projection_shapes_are_those_of_the_tensors(family):
 @pytest.mark.parametrize(
     ("family", "overrides", "windows"),
     [
+        ("gemma2", {}, (16, None)),
+        ("gemma3", {}, (16, 16, None)),
+        ("gemma3", {"sliding_window_pattern": 2}, (16, None, 16)),
+        (
+            "gemma3",
+            {"layer_types": ["full_attention"] * 2 + ["sliding_attention"]},
+            (None, None, 16),
+        ),
         ("llama", {}, (None, None)),
         ("mistral", {}, (16, 16)),
         ("mistral", {"sliding_window": None}, (None, None)),
@@ -189,7 +202,7 @@ def test_generation_config_decides_what_ends_a_text():
 
 
 def test_absent_keys_mean_what_they_mean_to_transformers():
-    for model_type in ("llama", "mistral", "qwen2", "qwen3"):
+    for model_type in ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text"):
         theirs = transformers.AutoConfig.for_model(model_type)
         config = {
             "model_type": model_type,
@@ -206,8 +219,15 @@ def test_absent_keys_mean_what_they_mean_to_transformers():
         assert ours.norm_eps == theirs.rms_norm_eps
         assert ours.tied == theirs.tie_word_embeddings
         assert ours.bos_id == theirs.bos_token_id
-        assert ours.rope.theta == theirs.rope_parameters["rope_theta"]
-        assert ours.windows[-1] == getattr(theirs, "sliding_window", None)
+        rope = theirs.rope_parameters
+        assert ours.rope.theta == rope.get("full_attention", rope)["rope_theta"]
+        types = getattr(theirs, "layer_types", None) or ["sliding_attention"] * 30
+        window = getattr(theirs, "sliding_window", None)
+        sliding = [window if kind == "sliding_attention" else None for kind in types]
+        assert ours.windows == tuple(sliding)
+        cap = getattr(theirs, "attn_logit_softcapping", None)
+        assert ours.attention_softcap == cap
+        assert ours.logits_softcap == getattr(theirs, "final_logit_softcapping", None)
         assert ours.dtype == "float32"
 
 
@@ -258,6 +278,21 @@ def test_what_cannot_be_served_is_refused_by_name_in_one_line(overrides, words):
         load("llama", **overrides)
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("family", "overrides", "words"),
+    [
+        ("gemma2", {"hidden_activation": "relu"}, "hidden_activation is 'relu'"),
+        ("gemma2", {"sliding_window": None}, "sliding_window"),
+        ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        ("gemma3", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping is 50.0"),
+        ("gemma3", {"rope_local_base_freq": "low"}, "rope_local_base_freq"),
+    ],
+)
+def test_what_a_family_alone_can_ask_for_is_refused_by_name_too(family, overrides, words):
+    with pytest.raises(ModelError, match=words):
+        load(family, **overrides)
 
 
 @pytest.mark.parametrize(
