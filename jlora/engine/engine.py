@@ -228,7 +228,11 @@ class Engine:
         pending: deque[tuple[Plan, Pending]] = deque()
         depth = 0 if self.runner.in_order else 1
         while not self._stop.is_set():
-            self._read_inbox(wait=not pending and not self._scheduler.unfinished)
+            idle = not pending and not self._scheduler.unfinished
+            while idle and self._inbox.empty() and not self._stop.is_set():
+                if not self.runner.first_run():
+                    break
+            self._read_inbox(wait=idle)
             for uid in self._store.take_forgotten():
                 self._pages.drop(uid)
             plan = self._scheduler.schedule()

@@ -107,6 +107,7 @@ class Runner:
         self.in_order = on_cpu and mesh.size > 1
         # By rank pages of a shape: the pages that were copied out last, and their copies.
         self._copied: dict[int, tuple[list[int], Any]] = {}
+        self._first_runs: list[Shape] = []
 
     @property
     def kv_bytes(self) -> int:
@@ -126,14 +127,14 @@ class Runner:
     # ---- compiling ------------------------------------------------------------------------
 
     def warm_up(self, shapes: Seq[Shape], progress: Callable[[int, int], None] | None = None):
-        """Compiles every program that serving can need, then runs each once."""
+        """Compiles every program that serving can need; runs each once, on a CPU the first only."""
         self.programs.compile_all(shapes, self.rank_pages.pools, self.kv, self.slots, progress)
         self.rank_pages.warm_up()
-        # A GPU captures its graph in a program's first run; on a CPU a first run is as any other.
-        for shape in shapes[:1] if self._on_cpu else shapes:
-            for kind in self.programs.kinds:
-                arrays = empty(shape, self.config.max_num_seqs)
-                jax.block_until_ready(self._run(shape, arrays, kind))
+        # A first run costs a second: a GPU captures its graph in it, XLA:CPU prepares its matmuls.
+        # On a CPU that is as much as compiling (from the cache) took, so only one runs now.
+        self._first_runs = list(shapes)
+        for _ in shapes[:1] if self._on_cpu else shapes:
+            self.first_run()
         # Greedy: one padding row that draws would make every padded step draw for all its rows.
         row = sampler.slot_row(
             SamplingParams(temperature=0.0), prompt_length=0, seed=0, stop_ids=(), vocab=self.vocab
@@ -143,6 +144,19 @@ class Runner:
         nothing = np.full(COUNT_TOKENS, self.vocab, np.int32)
         self.slots = self._count(self.slots, trash, nothing, np.zeros(COUNT_TOKENS, bool))
         jax.block_until_ready(self.slots)
+
+    def first_run(self) -> bool:
+        """Runs a step that never ran, on padding; False if there is none. For idle moments: else
+        the first request that needs the step waits for it."""
+        if not self._first_runs:
+            return False
+        shape = self._first_runs.pop(0)
+        for kind in self.programs.kinds:
+            arrays = empty(shape, self.config.max_num_seqs)
+            if held := self._copied.get(shape.rank_pages):  # keep the copies that requests use
+                arrays["pages"][:] = held[0]
+            jax.block_until_ready(self._run(shape, arrays, kind))
+        return True
 
     # ---- running --------------------------------------------------------------------------
 

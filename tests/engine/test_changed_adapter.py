@@ -25,6 +25,9 @@ CONFIG = EngineConfig(max_model_len=512, max_num_seqs=4, max_loras=1, max_adapte
 class SlowDevice(Device):
     """Steps take a millisecond, so that requests overlap."""
 
+    def first_run(self) -> bool:
+        return False
+
     def collect(self, pending: Any) -> Result:
         time.sleep(0.001)
         return super().collect(pending)

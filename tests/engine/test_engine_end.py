@@ -33,6 +33,9 @@ class Device:
     def dispatch(self, plan: Any, shape: Any, rank_pages: Any) -> Any:
         return [chunk.seq.request_id for chunk in (*plan.decodes, *plan.prefills) if chunk.samples]
 
+    def first_run(self) -> bool:
+        return False
+
     def collect(self, pending: Any) -> Result:
         self.inside.set()
         assert self.go.wait(10)
