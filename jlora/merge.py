@@ -1,83 +1,59 @@
-"""`python -m jlora.merge --model BASE --adapters A [B ...] --output DIR`: adapters for good."""
+"""`python -m jlora.merge`: adapters merged for good, joined to one adapter, or taken from a tuned model."""
 
+import signal
 import sys
 import tempfile
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
-import numpy as np
+from rich.console import Console
+from rich.table import Table
 
+from jlora.adapters.adapter import Adapter
 from jlora.adapters.peft import read_adapter
 from jlora.cli import fail, parse
 from jlora.console import ProgressBars, setup_logging
-from jlora.engine.params import SamplingParams
-from jlora.errors import JloraError, ParameterError
-from jlora.llm import LLM
-from jlora.merging import Pair, combine, merge_checkpoint, write_adapter
-from jlora.models.config import ModelConfig
-from jlora.options import ModelOptions, parse_bytes
-from jlora.outputs import LoRARequest
+from jlora.errors import JloraError
+from jlora.export.adapter import write_adapter
+from jlora.export.changes import lora_changes
+from jlora.export.checkpoint import merge_checkpoint, open_base
+from jlora.export.combine import Place, combine
+from jlora.export.extract import Extracted, extract, tuned_template
+from jlora.export.folder import check_output
+from jlora.export.options import MergeOptions
+from jlora.export.svd import Pair
+from jlora.export.verify import compare
+from jlora.models.config import PROJECTIONS
+from jlora.options import parse_bytes
 
 PROG = "jlora.merge"
-VERIFY_TOKENS = 48
-"""Tokens of the random prompt that --verify scores."""
+DEFAULT_RANK = 32
+"""Of --extract."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class MergeOptions:
-    """A base checkpoint and adapters in, a checkpoint without adapters out."""
+class Joined:
+    """The combined delta, and what comes along."""
 
-    model: str = ""
-    """Folder of the Hugging Face checkpoint."""
-
-    adapters: tuple[str, ...] = ()
-    """Folders of PEFT adapters."""
-
-    output: str = ""
-    """Folder to write. It must not exist."""
-
-    weights: tuple[float, ...] = ()
-    """Weight of each adapter. Default: 1 each."""
-
-    combination_type: Literal["cat", "linear"] = "cat"
-    """How several adapters join, in peft's words. cat: the weighted sum of their deltas, any ranks.
-    linear: A's and B's summed, one rank only."""
-
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Type of the result. auto: each tensor's own."""
-
-    max_shard_size: str = "5GB"
-    """Largest file of the result."""
-
-    verify: bool = False
-    """Load the result and compare it with the unmerged adapter: the largest difference of
-    log-probabilities."""
-
-    def __post_init__(self) -> None:
-        for name in ("model", "adapters", "output"):
-            if not getattr(self, name):
-                raise ParameterError(f"--{name} is needed", name)
-        if self.weights and len(self.weights) != len(self.adapters):
-            raise ParameterError(
-                f"{len(self.weights)} weights for {len(self.adapters)} adapters", "weights"
-            )
+    pairs: dict[Place, Callable[[], Pair]]
+    chat_template: str | None
+    """That of the adapters, where they bring one and do not disagree."""
+    base: str
+    """The base's name for an adapter_config.json."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(MergeOptions, argv, prog=PROG)
     setup_logging("warning")
     try:
-        with ProgressBars() as progress:
-            merge(options, progress)
-        print(f"merged: {options.output}")
-        if options.verify:
-            difference, effect = verify(options)
-            print(
-                f"verified: log-probabilities differ from the unmerged adapter's by "
-                f"{difference:.2g} at most; the adapter moves them by up to {effect:.2g}"
-            )
+        with _stopped_cleanly():
+            if options.extract:
+                run_extract(options)
+            else:
+                run_merge(options)
     except JloraError as error:
         fail(PROG, error)
     except KeyboardInterrupt:
@@ -85,79 +61,162 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def merge(options: MergeOptions, progress: ProgressBars) -> None:
-    """Writes the merged checkpoint. Raises a JloraError with one line for the user."""
+def run_merge(options: MergeOptions) -> None:
+    """--model and --adapters: writes what was asked for and says so."""
+    joined = join(options)
+    with ProgressBars() as progress:
+        merge(options, joined, progress)
+    if options.output:
+        print(f"merged: {options.output}")
+    if options.output_adapter:
+        print(f"adapter: {options.output_adapter}")
+    if options.verify:
+        difference, effect = verify(options, joined)
+        print(
+            f"verified: log-probabilities differ from the unmerged adapter's by "
+            f"{difference:.2g} at most; the adapter moves them by up to {effect:.2g}"
+        )
 
-    pairs, template = _pairs(options)
+
+def join(options: MergeOptions) -> Joined:
+    """Reads the adapters; what cannot be merged is refused here, before anything is written."""
+    cfg, _ = open_base(Path(options.model))
+    adapters = [read_adapter(path, cfg) for path in options.adapters]
+    for adapter in adapters:
+        if adapter.base_model and _last(adapter.base_model) != _last(cfg.name):
+            note(f"{adapter.path} says it was trained on {adapter.base_model}, not on {cfg.name}")
+    bases = {adapter.base_model for adapter in adapters}
+    named = bases.pop() if len(bases) == 1 else None
+    weights = options.weights or (1.0,) * len(adapters)
+    return Joined(
+        pairs=combine(adapters, weights, options.recipe),
+        chat_template=_template(adapters),
+        base=named or options.model,
+    )
+
+
+def _template(adapters: Sequence[Adapter]) -> str | None:
+    found = {adapter.chat_template for adapter in adapters if adapter.chat_template is not None}
+    if len(found) > 1:
+        note("the adapters bring different chat templates: the base's is kept")
+        return None
+    return found.pop() if found else None
+
+
+def _last(name: str) -> str:
+    return Path(name).name.lower()
+
+
+def note(text: str) -> None:
+    """A warning on stderr."""
+    print(f"{PROG}: note: {text}", file=sys.stderr)
+
+
+def merge(options: MergeOptions, joined: Joined, progress: ProgressBars) -> None:
+    """Writes the merged checkpoint and the joined adapter. JloraError with one line for the user."""
     size = parse_bytes(options.max_shard_size, "max_shard_size")
     assert size is not None
-    merge_checkpoint(
-        Path(options.model),
-        pairs,
-        Path(options.output),
-        dtype=options.dtype,
-        max_shard_bytes=size,
-        chat_template=template,
-        progress=lambda done, total: progress("merging tensors", done, total),
-    )
+    for output in (options.output, options.output_adapter):
+        if output:
+            check_output(Path(output))
+    if options.output_adapter:
+        write_adapter(
+            Path(options.output_adapter),
+            joined.pairs,
+            joined.base,
+            dtype=options.dtype,
+            chat_template=joined.chat_template,
+            progress=lambda done, total: progress("joining modules", done, total),
+        )
+    if options.output:
+        merge_checkpoint(
+            Path(options.model),
+            lora_changes(joined.pairs),
+            Path(options.output),
+            dtype=options.dtype,
+            max_shard_bytes=size,
+            chat_template=joined.chat_template,
+            progress=lambda done, total: progress("merging tensors", done, total),
+        )
 
 
-def _pairs(options: MergeOptions) -> tuple[dict[tuple[int, str], Pair], str | None]:
-    """The combined delta, and the chat template of a single adapter that brings one."""
+def run_extract(options: MergeOptions) -> None:
+    """--extract: writes the adapter, prints its errors, warns of what it cannot hold."""
+    base, tuned = options.extract
+    output = Path(options.output)
+    check_output(output)
+    rank = DEFAULT_RANK if options.rank is None else options.rank
+    with ProgressBars() as progress:
+        found = extract(
+            Path(base),
+            Path(tuned),
+            rank,
+            dtype=options.dtype,
+            progress=lambda done, total: progress("comparing tensors", done, total),
+        )
+        write_adapter(
+            output,
+            {place: _ready(pair) for place, pair in found.pairs.items()},
+            base,
+            dtype=options.dtype,
+            chat_template=tuned_template(Path(base), Path(tuned)),
+        )
+    report(found)
+    print(f"adapter: {output} (rank {max(pair.rank for pair in found.pairs.values())})")
+    if options.verify:
+        difference, effect = compare(base, str(output), tuned, rank)
+        print(
+            f"verified: with the adapter, log-probabilities differ from the tuned model's by "
+            f"{difference:.2g} at most; the adapter moves the base's by up to {effect:.2g}"
+        )
 
-    cfg = ModelConfig.from_folder(options.model)
-    adapters = [read_adapter(path, cfg) for path in options.adapters]
-    weights = options.weights or (1.0,) * len(adapters)
-    template = adapters[0].chat_template if len(adapters) == 1 else None
-    return combine(adapters, weights, options.combination_type), template
+
+def _ready(pair: Pair) -> Callable[[], Pair]:
+    return lambda: pair
 
 
-def verify(options: MergeOptions) -> tuple[float, float]:
+def report(found: Extracted) -> None:
+    """The relative error of each module, layers down and projections across; then the warnings."""
+    names = [name for name in PROJECTIONS if any(name == place[1] for place in found.errors)]
+    table = Table("layer", *names, title="relative error of each module's difference")
+    for layer in sorted({layer for layer, _ in found.errors}):
+        shown = (found.errors.get((layer, name)) for name in names)
+        table.add_row(str(layer), *("-" if e is None else f"{e:.1%}" for e in shown))
+    Console().print(table)
+    if found.others:
+        most = sorted(found.others.items(), key=lambda item: -item[1])
+        listed = ", ".join(f"{name} ({share:.2%} of its norm)" for name, share in most[:10])
+        more = f" and {len(most) - 10} more" if len(most) > 10 else ""
+        note(f"{len(most)} tensors differ that LoRA cannot hold, and are left out: {listed}{more}")
+    if found.settings:
+        note(f"config.json differs in {', '.join(found.settings)}: no adapter can hold that")
+
+
+def verify(options: MergeOptions, joined: Joined | None = None) -> tuple[float, float]:
     """(largest difference between merged and unmerged log-probabilities of a random prompt, largest
     difference between unmerged and base)."""
-
-    pairs, _ = _pairs(options)
-    vocab = ModelConfig.from_folder(options.model).vocab
-    prompt = np.random.default_rng(0).integers(0, vocab, VERIFY_TOKENS).tolist()
+    joined = joined or join(options)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "adapter"
-        rank = write_adapter(path, pairs, Path(options.model))
-
-        with _load(options.model, rank) as llm:
-            base = score(llm, prompt, None)
-            unmerged = score(llm, prompt, LoRARequest("adapter", 1, str(path)))
-    with _load(options.output, rank) as llm:
-        merged = score(llm, prompt, None)
-    return float(np.abs(merged - unmerged).max()), float(np.abs(unmerged - base).max())
+        rank = write_adapter(path, joined.pairs, joined.base)
+        return compare(options.model, str(path), options.output, rank)
 
 
-def _load(model: str, rank: int) -> LLM:
-    """A float32 engine just large enough for the prompt and an adapter of `rank`."""
-    return LLM.load(
-        ModelOptions(
-            model=model,
-            dtype="float32",
-            max_model_len=VERIFY_TOKENS + 16,
-            max_num_seqs=1,
-            max_num_batched_tokens=64,
-            max_loras=-(-rank // 64),
-        )
-    )
+@contextmanager
+def _stopped_cleanly() -> Iterator[None]:
+    """SIGTERM ends the work as Ctrl-C does: what is half made is removed."""
 
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
 
-def score(llm: LLM, prompt: list[int], lora: LoRARequest | None) -> np.ndarray:
-    """Log-probability of each prompt token after the first: [tokens - 1]."""
-
-    params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0)
-    (output,) = llm.generate([prompt], params, lora_request=lora)
-    assert output.prompt_logprobs is not None
-    return np.asarray(
-        [
-            entry[token].logprob
-            for entry, token in zip(output.prompt_logprobs, prompt, strict=True)
-            if entry
-        ]
-    )
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals reach the main thread only
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 if __name__ == "__main__":

@@ -58,7 +58,11 @@ ALLOWED = {
     | {"kernels_pallas"},
     "jlora.adapters": HOST
     | {"jlora.adapters", "jlora.models.config", "jlora.sharding", "kernels_pallas"},
-    "jlora.merging": HOST | {"jlora.models", "jlora.adapters", "jlora.sharding"},
+    "jlora.export": HOST
+    | {"jlora.export", "jlora.models", "jlora.adapters", "jlora.sharding", "jlora.console"},
+    "jlora.export.verify": {"jlora.llm", "jlora.options", "jlora.outputs", "jlora.engine.params"}
+    | {"jlora.models.config"},
+    "jlora.inspection": HOST | {"jlora.inspection", "jlora.models", "jlora.adapters"},
     "jlora.engine": HOST
     | {"jlora.engine", "jlora.models", "jlora.adapters", "jlora.batch", "jlora.sharding"}
     | {"jlora.ops", "kernels_pallas"},  # types of a step's arrays, and the copy of active pages

@@ -6,8 +6,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from jlora import merge, merging
+from jlora import merge
 from jlora.adapters.peft import read_adapter
+from jlora.export.changes import lora_changes
+from jlora.export.checkpoint import merge_checkpoint
+from jlora.export.combine import Recipe, combine
+from jlora.export.options import MergeOptions
 from jlora.models.config import ModelConfig
 from tests.tiny import make_adapter, make_model
 
@@ -125,9 +129,9 @@ def test_ctrl_c_leaves_nothing_half_made(parts, tmp_path):
             raise KeyboardInterrupt
 
     cfg = ModelConfig.from_folder(model)
-    pairs = merging.combine([read_adapter(a, cfg)], [1.0], "cat")
+    changes = lora_changes(combine([read_adapter(a, cfg)], [1.0], Recipe()))
     with pytest.raises(KeyboardInterrupt):
-        merging.merge_checkpoint(model, pairs, tmp_path / "out", progress=interrupted)
+        merge_checkpoint(model, changes, tmp_path / "out", progress=interrupted)
     assert set(tmp_path.iterdir()) == before
 
 
@@ -159,7 +163,7 @@ def test_a_wrong_flag_is_one_line(parts, tmp_path, capsys, flags, reason):
 
 def test_verify_compares_the_result_with_the_unmerged_adapter(parts, tmp_path):
     run(parts, tmp_path, "--weights", "0.7", "0.5", adapters=2)
-    options = merge.MergeOptions(
+    options = MergeOptions(
         model=str(parts[0]),
         adapters=(str(parts[1]), str(parts[2])),
         weights=(0.7, 0.5),
@@ -168,7 +172,5 @@ def test_verify_compares_the_result_with_the_unmerged_adapter(parts, tmp_path):
     difference, effect = merge.verify(options)
     assert effect > 0.3
     assert difference < 1e-3
-    wrong = merge.MergeOptions(
-        model=options.model, adapters=options.adapters[:1], output=options.output
-    )
+    wrong = MergeOptions(model=options.model, adapters=options.adapters[:1], output=options.output)
     assert merge.verify(wrong)[0] > 0.1

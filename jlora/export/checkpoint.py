@@ -1,0 +1,242 @@
+"""A merged checkpoint: float32 arithmetic, a block of a tensor's rows at a time.
+
+Peak memory is one block and the low-rank pair of one tensor. Tensors without a change are copied.
+A tied base is untied where the embedding or the head alone changes.
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from jlora.errors import ModelError, ParameterError
+from jlora.export.changes import EMBED, HEAD, Change, Changes
+from jlora.export.folder import DTYPES, Entry, write_json, write_tensors, written_aside
+from jlora.models.checkpoint import INDEX, SINGLE, Checkpoint, Read
+from jlora.models.config import ModelConfig
+from jlora.models.weights import sources as sources_of
+from jlora.models.weights import tensor_shapes
+from jlora.sharding import Layout
+
+Progress = Callable[[int, int], None]
+"""Called with (tensors done, tensors in all)."""
+
+BLOCK = 1 << 24
+"""Values of a tensor that are in memory at a time: 64 MiB in float32."""
+
+_WEIGHTS = re.compile(
+    r".*(\.(safetensors|bin|pt|pth|gguf|h5|msgpack|onnx|onnx_data)|\.index\.json)"
+)
+_LEFT_OUT = ("adapter_config.json",)
+"""transformers takes a folder with this file for an adapter."""
+_FOLDERS = ("additional_chat_templates",)
+_TEMPLATE, _TOKENIZER = "chat_template.jinja", "tokenizer_config.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Planned:
+    """One tensor of the result."""
+
+    entry: Entry
+    source: str
+    """The base's tensor that it is made of."""
+    make: Callable[[], Change] | None
+
+
+def open_base(model: Path) -> tuple[ModelConfig, Checkpoint]:
+    """Config and tensors of a base, checked against each other. ModelError, for a quantised one too."""
+    check_not_quantised(model)
+    cfg = ModelConfig.from_folder(model)
+    checkpoint = Checkpoint.open(model)
+    checkpoint.check(expected_shapes(cfg), tied=cfg.tied)
+    return cfg, checkpoint
+
+
+def expected_shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of each tensor that a checkpoint of `cfg` holds."""
+    return tensor_shapes(cfg, sources_of(cfg, Layout(cfg, 1)))
+
+
+def check_not_quantised(model: Path) -> None:
+    """ModelError that says what to do instead: a merge into 4-bit weights would be rounded away."""
+    try:
+        config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return  # ModelConfig says what is wrong
+    found = isinstance(config, dict) and (
+        config.get("quantization_config") or config.get("compression_config")
+    )
+    if found:
+        method = found.get("quant_method") if isinstance(found, dict) else None
+        raise ModelError(
+            f"{model} is quantised (quant_method {method or '(not named)'!r}): a merge would be lost in "
+            "its rounding; merge into the float16 or bfloat16 checkpoint that it was made from and "
+            "quantise the result, or serve the adapter unmerged"
+        )
+
+
+def merge_checkpoint(
+    model: Path,
+    changes: Changes,
+    output: Path,
+    *,
+    dtype: str = "auto",
+    max_shard_bytes: int = 5 * 10**9,
+    chat_template: str | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Writes the checkpoint in `model` with `changes` to `output`, a folder that must not exist.
+
+    Config, generation config, tokenizer and templates come along. Raises ModelError for a broken
+    base, a change of a tensor that is not there or a value that the type cannot hold. A tensor
+    larger than a shard gets a file of its own.
+    """
+    cfg, checkpoint = open_base(model)
+    untied = cfg.tied and not changes.keys().isdisjoint((EMBED, HEAD))
+    planned = _plan(checkpoint, changes, dtype, untied)
+    shards = _shards(planned, max_shard_bytes)
+    total, done = len(planned), 0
+
+    def data(shard: Sequence[_Planned]) -> Iterator[Iterator[np.ndarray]]:
+        nonlocal done
+        for plan in shard:
+            yield _merged(checkpoint, plan)
+            done += 1
+            if progress is not None:
+                progress(done, total)
+
+    with written_aside(output, sum(plan.entry.nbytes for plan in planned)) as folder:
+        for number, shard in enumerate(shards, start=1):
+            path = folder / _file(number, len(shards))
+            write_tensors(path, [plan.entry for plan in shard], data(shard))
+        if len(shards) > 1:
+            _write_index(folder, shards)
+        _copy_files(model, folder, dtype, chat_template, untied)
+
+
+def _plan(checkpoint: Checkpoint, changes: Changes, dtype: str, untied: bool) -> list[_Planned]:
+    names = [name for name in checkpoint.tensors if not (untied and name == HEAD)]
+    plan = {name: name for name in names} | ({HEAD: EMBED} if untied else {})
+    if missing := sorted(changes.keys() - plan.keys()):
+        raise ModelError(
+            f"{checkpoint.folder} has no {', '.join(missing[:5])}, which the adapter changes: the base "
+            "is not the one that it was made for, or lacks a bias"
+        )
+    return [
+        _Planned(
+            entry=Entry(
+                name=name,
+                shape=checkpoint.tensors[source].shape,
+                dtype=_dtype(checkpoint.tensors[source].dtype, dtype),
+            ),
+            source=source,
+            make=changes.get(name),
+        )
+        for name, source in plan.items()
+    ]
+
+
+def _dtype(stored: str, wanted: str) -> str:
+    if wanted != "auto":
+        return wanted
+    known = {name: dtype for dtype, (_, name) in DTYPES.items()}
+    return known.get(stored, "float32")  # float64
+
+
+def _shards(planned: Sequence[_Planned], most: int) -> list[list[_Planned]]:
+    if most < 1:
+        raise ParameterError("max-shard-size must be at least one byte", "max_shard_size")
+    shards: list[list[_Planned]] = [[]]
+    room = most
+    for plan in planned:
+        if shards[-1] and plan.entry.nbytes > room:
+            shards.append([])
+            room = most
+        shards[-1].append(plan)
+        room -= plan.entry.nbytes
+    return shards
+
+
+def _file(number: int, count: int) -> str:
+    return SINGLE if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+
+
+def blocks(shape: tuple[int, ...]) -> Iterator[np.ndarray]:
+    """Row numbers of a tensor, at most BLOCK values at a time."""
+    step = max(1, BLOCK // int(np.prod(shape[1:])))
+    for start in range(0, shape[0], step):
+        yield np.arange(start, min(start + step, shape[0]))
+
+
+def _merged(checkpoint: Checkpoint, plan: _Planned) -> Iterator[np.ndarray]:
+    """The tensor's rows in blocks, of its type."""
+    kind = DTYPES[plan.entry.dtype][0]
+    change = plan.make() if plan.make is not None else None
+    read_as = kind if change is None else np.dtype(np.float32)
+    for rows in blocks(plan.entry.shape):
+        with checkpoint.reader(read_as) as read:  # anew: what was read is unmapped
+            yield _block(read, plan, rows, change, kind)
+
+
+def _block(
+    read: Read, plan: _Planned, rows: np.ndarray, change: Change | None, kind: np.dtype
+) -> np.ndarray:
+    weight = read(plan.source, rows, None)
+    if change is None:
+        return weight
+    merged = change.rows(weight, int(rows[0]))
+    with np.errstate(over="ignore"):
+        cast = merged.astype(kind)
+    if not np.isfinite(cast).all():
+        raise ModelError(
+            f"{plan.entry.name}: merged values up to {float(np.abs(merged).max()):.3g} do not fit "
+            f"{kind.name}; use --dtype bfloat16 or float32"
+        )
+    return cast
+
+
+def _write_index(folder: Path, shards: Sequence[Sequence[_Planned]]) -> None:
+    weight_map = {
+        plan.entry.name: _file(number, len(shards))
+        for number, shard in enumerate(shards, start=1)
+        for plan in shard
+    }
+    size = sum(plan.entry.nbytes for shard in shards for plan in shard)
+    write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
+
+
+def _copy_files(
+    model: Path, folder: Path, dtype: str, chat_template: str | None, untied: bool
+) -> None:
+    """Everything of the base's folder that is no weight; its type and tying in config.json renewed."""
+    for file in sorted(model.iterdir()):
+        if file.is_dir() and file.name in _FOLDERS:
+            shutil.copytree(file, folder / file.name, copy_function=shutil.copyfile)
+        elif file.is_file() and not _WEIGHTS.fullmatch(file.name) and file.name not in _LEFT_OUT:
+            shutil.copyfile(file, folder / file.name)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    changed = dict(config)
+    if dtype != "auto":
+        changed.pop("dtype", None)  # transformers 5 writes it, 4 reads only the older key
+        changed["torch_dtype"] = dtype
+    if untied:
+        changed["tie_word_embeddings"] = False
+    if changed != config:
+        write_json(folder / "config.json", changed)
+    if chat_template is not None:
+        _set_template(folder, chat_template)
+
+
+def _set_template(folder: Path, chat_template: str) -> None:
+    """In the file of its own, and where older readers look: they would go on with the base's."""
+    (folder / _TEMPLATE).write_text(chat_template, encoding="utf-8")
+    path = folder / _TOKENIZER
+    if not path.is_file():
+        return
+    config: Mapping[str, object] = json.loads(path.read_text(encoding="utf-8"))
+    if isinstance(config, dict) and "chat_template" in config:
+        write_json(path, {**config, "chat_template": chat_template})

@@ -1,0 +1,70 @@
+"""The best approximation of a given rank: of a matrix, or of a product that is never made.
+
+Small matrices go through LAPACK. Larger ones take a randomised subspace iteration (Halko,
+Martinsson, Tropp 2011), which is as good to about 1e-4 of the error and a hundred times quicker.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float
+
+EXACT = 1024
+"""Smaller side up to which LAPACK decomposes the whole matrix."""
+_OVERSAMPLE = 16
+_MOST_ITERATIONS = 24
+_SETTLED = 1e-5
+"""Relative change of what the subspace holds at which the iteration ends."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """One linear's delta, `b @ a`, everything folded in; float32."""
+
+    a: Float[np.ndarray, "R K"]
+    b: Float[np.ndarray, "N R"]
+
+    @property
+    def rank(self) -> int:
+        """Rows of `a`."""
+        return self.a.shape[0]
+
+
+def of_matrix(matrix: Float[np.ndarray, "N K"], rank: int) -> Pair:
+    """The nearest matrix of `rank` in the Frobenius norm, its singular values split evenly."""
+    rank = min(rank, *matrix.shape)
+    if min(matrix.shape) <= EXACT or rank + _OVERSAMPLE > min(matrix.shape) // 4:
+        return _pair(*np.linalg.svd(matrix, full_matrices=False), rank)
+    return _pair(*_randomised(matrix, rank + _OVERSAMPLE), rank)
+
+
+def of_product(pair: Pair, rank: int) -> Pair:
+    """The same for `b @ a` by way of its factors: exact, and quick whatever the matrix's size."""
+    outer, b = np.linalg.qr(pair.b.astype(np.float64))
+    inner, a = np.linalg.qr(pair.a.T.astype(np.float64))
+    u, s, vh = np.linalg.svd(b @ a.T, full_matrices=False)
+    return _pair(outer @ u, s, vh @ inner.T, min(rank, len(s)))
+
+
+def _pair(u: np.ndarray, s: np.ndarray, vh: np.ndarray, rank: int) -> Pair:
+    root = np.sqrt(s[:rank])
+    return Pair(
+        a=np.ascontiguousarray((root[:, None] * vh[:rank]).astype(np.float32)),
+        b=np.ascontiguousarray((u[:, :rank] * root).astype(np.float32)),
+    )
+
+
+def _randomised(
+    matrix: Float[np.ndarray, "N K"], width: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """u, s, vh of the `width` leading directions, from a fixed random start: equal on every run."""
+    start = np.random.default_rng(0).standard_normal((matrix.shape[1], width), dtype=np.float32)
+    basis, held = np.linalg.qr(matrix @ start)[0], 0.0
+    for _ in range(_MOST_ITERATIONS):
+        inner = np.linalg.qr(matrix.T @ basis)[0]
+        basis, small = np.linalg.qr(matrix @ inner)
+        before, held = held, float(np.linalg.norm(small))
+        if held - before <= _SETTLED * held:
+            break
+    u, s, vh = np.linalg.svd(basis.T @ matrix, full_matrices=False)
+    return basis @ u, s, vh
