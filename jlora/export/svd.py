@@ -1,7 +1,8 @@
 """The best approximation of a given rank: of a matrix, or of a product that is never made.
 
 Small matrices go through LAPACK. Larger ones take a randomised subspace iteration (Halko,
-Martinsson, Tropp 2011), which is as good to about 1e-4 of the error and a hundred times quicker.
+Martinsson, Tropp 2011): several times quicker, and its error was at most 1e-4 above the least one
+(2048 x 5632, rank 32; flat and decaying spectra).
 """
 
 from dataclasses import dataclass
