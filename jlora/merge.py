@@ -12,20 +12,22 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from jlora.adapters.adapter import Adapter
+from jlora.adapters.adapter import SUPPORT, Adapter, Support
 from jlora.adapters.peft import read_adapter
 from jlora.cli import fail, parse
 from jlora.console import ProgressBars, setup_logging
-from jlora.errors import JloraError
+from jlora.errors import AdapterError, JloraError
 from jlora.export.adapter import write_adapter
-from jlora.export.changes import lora_changes
+from jlora.export.changes import Changes, changes
 from jlora.export.checkpoint import merge_checkpoint, open_base
-from jlora.export.combine import Place, combine
-from jlora.export.extract import Extracted, extract, tuned_template
+from jlora.export.combine import Place, Recipe, combine
+from jlora.export.extract import Extracted, extract
 from jlora.export.folder import check_output
 from jlora.export.options import MergeOptions
 from jlora.export.svd import Pair
+from jlora.export.tokenizer import adds_tokens, tuned_template
 from jlora.export.verify import compare
+from jlora.models.base import BaseWeights
 from jlora.models.config import PROJECTIONS
 from jlora.options import parse_bytes
 
@@ -36,13 +38,35 @@ DEFAULT_RANK = 32
 
 @dataclass(frozen=True, kw_only=True)
 class Joined:
-    """The combined delta, and what comes along."""
+    """The adapters, read, and what comes along."""
 
-    pairs: dict[Place, Callable[[], Pair]]
+    adapters: list[Adapter]
+    weights: tuple[float, ...]
+    recipe: Recipe
+    changes: Changes
     chat_template: str | None
     """That of the adapters, where they bring one and do not disagree."""
+    tokenizer: Path | None
+    """The folder of the one adapter that added tokens."""
     base: str
     """The base's name for an adapter_config.json."""
+
+    @property
+    def pairs(self) -> dict[Place, Callable[[], Pair]]:
+        """The delta as one plain adapter. AdapterError where it is none."""
+        for adapter in self.adapters:
+            if adapter.vectors:
+                raise AdapterError(
+                    f"{adapter.path} has DoRA or biases: it cannot be joined to a plain adapter; "
+                    "--output merges it"
+                )
+        return combine(self.adapters, self.weights, self.recipe)
+
+    @property
+    def support(self) -> Support:
+        """What an engine must support for all of them."""
+        needed = {adapter.support for adapter in self.adapters}
+        return next(support for support in reversed(SUPPORT) if support in needed)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -80,17 +104,27 @@ def run_merge(options: MergeOptions) -> None:
 
 def join(options: MergeOptions) -> Joined:
     """Reads the adapters; what cannot be merged is refused here, before anything is written."""
-    cfg, _ = open_base(Path(options.model))
-    adapters = [read_adapter(path, cfg) for path in options.adapters]
+    folder = Path(options.model)
+    cfg, _ = open_base(folder)
+    adapters = [read_adapter(path, cfg, BaseWeights(folder, cfg)) for path in options.adapters]
     for adapter in adapters:
         if adapter.base_model and _last(adapter.base_model) != _last(cfg.name):
             note(f"{adapter.path} says it was trained on {adapter.base_model}, not on {cfg.name}")
     bases = {adapter.base_model for adapter in adapters}
     named = bases.pop() if len(bases) == 1 else None
     weights = options.weights or (1.0,) * len(adapters)
+    own = [path for path in map(Path, options.adapters) if adds_tokens(path, folder, cfg.vocab)]
+    if len(own) > 1:
+        raise AdapterError(
+            f"{own[0]} and {own[1]} add tokens of their own: one checkpoint has one tokenizer"
+        )
     return Joined(
-        pairs=combine(adapters, weights, options.recipe),
+        adapters=adapters,
+        weights=weights,
+        recipe=options.recipe,
+        changes=changes(adapters, weights, options.recipe),
         chat_template=_template(adapters),
+        tokenizer=own[0] if own else None,
         base=named or options.model,
     )
 
@@ -131,11 +165,12 @@ def merge(options: MergeOptions, joined: Joined, progress: ProgressBars) -> None
     if options.output:
         merge_checkpoint(
             Path(options.model),
-            lora_changes(joined.pairs),
+            joined.changes,
             Path(options.output),
             dtype=options.dtype,
             max_shard_bytes=size,
             chat_template=joined.chat_template,
+            tokenizer=joined.tokenizer,
             progress=lambda done, total: progress("merging tensors", done, total),
         )
 
@@ -164,7 +199,7 @@ def run_extract(options: MergeOptions) -> None:
     report(found)
     print(f"adapter: {output} (rank {max(pair.rank for pair in found.pairs.values())})")
     if options.verify:
-        difference, effect = compare(base, str(output), tuned, rank)
+        difference, effect = compare(base, str(output), tuned, rank, "plain")
         print(
             f"verified: with the adapter, log-probabilities differ from the tuned model's by "
             f"{difference:.2g} at most; the adapter moves the base's by up to {effect:.2g}"
@@ -196,10 +231,13 @@ def verify(options: MergeOptions, joined: Joined | None = None) -> tuple[float, 
     """(largest difference between merged and unmerged log-probabilities of a random prompt, largest
     difference between unmerged and base)."""
     joined = joined or join(options)
+    if len(joined.adapters) == 1 and joined.recipe == Recipe() and joined.weights == (1.0,):
+        (alone,) = joined.adapters
+        return compare(options.model, alone.path, options.output, alone.rank, joined.support)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "adapter"
         rank = write_adapter(path, joined.pairs, joined.base)
-        return compare(options.model, str(path), options.output, rank)
+        return compare(options.model, str(path), options.output, rank, joined.support)
 
 
 @contextmanager

@@ -61,7 +61,7 @@ ALLOWED = {
     "jlora.export": HOST
     | {"jlora.export", "jlora.models", "jlora.adapters", "jlora.sharding", "jlora.console"},
     "jlora.export.verify": {"jlora.llm", "jlora.options", "jlora.outputs", "jlora.engine.params"}
-    | {"jlora.models.config"},
+    | {"jlora.models.config", "jlora.adapters.adapter"},
     "jlora.inspection": HOST | {"jlora.inspection", "jlora.models", "jlora.adapters"},
     "jlora.engine": HOST
     | {"jlora.engine", "jlora.models", "jlora.adapters", "jlora.batch", "jlora.sharding"}

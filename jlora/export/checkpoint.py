@@ -7,7 +7,7 @@ A tied base is untied where the embedding or the head alone changes.
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,7 @@ import numpy as np
 from jlora.errors import ModelError, ParameterError
 from jlora.export.changes import EMBED, HEAD, Change, Changes
 from jlora.export.folder import DTYPES, Entry, write_json, write_tensors, written_aside
+from jlora.export.tokenizer import copy_tokenizer, set_template
 from jlora.models.checkpoint import INDEX, SINGLE, Checkpoint, Read
 from jlora.models.config import ModelConfig
 from jlora.models.weights import sources as sources_of
@@ -34,7 +35,6 @@ _WEIGHTS = re.compile(
 _LEFT_OUT = ("adapter_config.json",)
 """transformers takes a folder with this file for an adapter."""
 _FOLDERS = ("additional_chat_templates",)
-_TEMPLATE, _TOKENIZER = "chat_template.jinja", "tokenizer_config.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,11 +87,12 @@ def merge_checkpoint(
     dtype: str = "auto",
     max_shard_bytes: int = 5 * 10**9,
     chat_template: str | None = None,
+    tokenizer: Path | None = None,
     progress: Progress | None = None,
 ) -> None:
     """Writes the checkpoint in `model` with `changes` to `output`, a folder that must not exist.
 
-    Config, generation config, tokenizer and templates come along. Raises ModelError for a broken
+    Config, generation config, tokenizer (that of the folder `tokenizer`) and templates come along. Raises ModelError for a broken
     base, a change of a tensor that is not there or a value that the type cannot hold. A tensor
     larger than a shard gets a file of its own.
     """
@@ -115,7 +116,11 @@ def merge_checkpoint(
             write_tensors(path, [plan.entry for plan in shard], data(shard))
         if len(shards) > 1:
             _write_index(folder, shards)
-        _copy_files(model, folder, dtype, chat_template, untied)
+        _copy_files(model, folder, dtype, untied)
+        if tokenizer is not None:
+            copy_tokenizer(tokenizer, folder)
+        if chat_template is not None:
+            set_template(folder, chat_template)
 
 
 def _plan(checkpoint: Checkpoint, changes: Changes, dtype: str, untied: bool) -> list[_Planned]:
@@ -123,8 +128,8 @@ def _plan(checkpoint: Checkpoint, changes: Changes, dtype: str, untied: bool) ->
     plan = {name: name for name in names} | ({HEAD: EMBED} if untied else {})
     if missing := sorted(changes.keys() - plan.keys()):
         raise ModelError(
-            f"{checkpoint.folder} has no {', '.join(missing[:5])}, which the adapter changes: the base "
-            "is not the one that it was made for, or lacks a bias"
+            f"{checkpoint.folder} has no {', '.join(missing[:5])}, which the adapter changes: a merged "
+            "checkpoint of this architecture has no place for it; serve the adapter unmerged"
         )
     return [
         _Planned(
@@ -209,9 +214,7 @@ def _write_index(folder: Path, shards: Sequence[Sequence[_Planned]]) -> None:
     write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
 
 
-def _copy_files(
-    model: Path, folder: Path, dtype: str, chat_template: str | None, untied: bool
-) -> None:
+def _copy_files(model: Path, folder: Path, dtype: str, untied: bool) -> None:
     """Everything of the base's folder that is no weight; its type and tying in config.json renewed."""
     for file in sorted(model.iterdir()):
         if file.is_dir() and file.name in _FOLDERS:
@@ -227,16 +230,3 @@ def _copy_files(
         changed["tie_word_embeddings"] = False
     if changed != config:
         write_json(folder / "config.json", changed)
-    if chat_template is not None:
-        _set_template(folder, chat_template)
-
-
-def _set_template(folder: Path, chat_template: str) -> None:
-    """In the file of its own, and where older readers look: they would go on with the base's."""
-    (folder / _TEMPLATE).write_text(chat_template, encoding="utf-8")
-    path = folder / _TOKENIZER
-    if not path.is_file():
-        return
-    config: Mapping[str, object] = json.loads(path.read_text(encoding="utf-8"))
-    if isinstance(config, dict) and "chat_template" in config:
-        write_json(path, {**config, "chat_template": chat_template})

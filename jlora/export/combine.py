@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float
 from jlora.adapters.adapter import Adapter, LoraWeights
 from jlora.errors import AdapterError, ParameterError
 from jlora.export.svd import Pair, of_matrix, of_product
-from jlora.models.config import PROJECTIONS
+from jlora.models.config import ALL_GROUPS
 
 Combination = Literal[
     "cat",
@@ -33,7 +33,8 @@ Combination = Literal[
 ]
 Majority = Literal["total", "frequency"]
 Place = tuple[int, str]
-"""(layer, projection)"""
+"""(layer, projection); NO_LAYER for embed_tokens and lm_head."""
+_NAMES = tuple(part for parts in ALL_GROUPS.values() for part in parts)
 Tensor = Float[np.ndarray, "..."]
 
 
@@ -123,7 +124,7 @@ def _maker(
 ) -> Callable[[], Pair]:
     def make() -> Pair:
         # Of the place, not of the order: the same choice whatever else is merged in the run.
-        rng = np.random.default_rng([recipe.seed, key[0], PROJECTIONS.index(key[1])])
+        rng = np.random.default_rng([recipe.seed, key[0] + 1, _NAMES.index(key[1])])
         if recipe.combination == "cat":
             return _concatenated(here)
         if recipe.combination == "svd":

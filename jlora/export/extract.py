@@ -3,7 +3,6 @@
 One tensor of both is in memory at a time. What differs and is no linear is counted, not taken.
 """
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,19 +140,3 @@ def _difference(
 def _rounded(pair: Pair, kind: np.dtype) -> Pair:
     """As it will be stored: the error that is told is that of the file."""
     return Pair(a=pair.a.astype(kind).astype(np.float32), b=pair.b.astype(kind).astype(np.float32))
-
-
-def tuned_template(base: Path, tuned: Path) -> str | None:
-    """The tuned model's chat template, if it is another one than the base's."""
-    before, after = (_model_template(folder) for folder in (base, tuned))
-    return after if after != before else None
-
-
-def _model_template(folder: Path) -> str | None:
-    file, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
-    if file.is_file():
-        return file.read_text(encoding="utf-8")
-    if not config.is_file():
-        return None
-    template = json.loads(config.read_text(encoding="utf-8")).get("chat_template")
-    return template if isinstance(template, str) else None

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from jlora.adapters.adapter import Support
 from jlora.engine.params import SamplingParams
 from jlora.llm import LLM
 from jlora.models.config import ModelConfig
@@ -12,20 +13,22 @@ VERIFY_TOKENS = 48
 """Tokens of the random prompt."""
 
 
-def compare(base: str, adapter: str, result: str, rank: int) -> tuple[float, float]:
+def compare(
+    base: str, adapter: str, result: str, rank: int, support: Support
+) -> tuple[float, float]:
     """(largest difference of log-probabilities between base + adapter and `result`, and between base
     + adapter and base)."""
     vocab = ModelConfig.from_folder(base).vocab
     prompt = np.random.default_rng(0).integers(0, vocab, VERIFY_TOKENS).tolist()
-    with _load(base, rank) as llm:
+    with _load(base, rank, support) as llm:
         plain = score(llm, prompt, None)
         unmerged = score(llm, prompt, LoRARequest("adapter", 1, adapter))
-    with _load(result, rank) as llm:
+    with _load(result, 1, "plain") as llm:
         merged = score(llm, prompt, None)
     return float(np.abs(merged - unmerged).max()), float(np.abs(unmerged - plain).max())
 
 
-def _load(model: str, rank: int) -> LLM:
+def _load(model: str, rank: int, support: Support) -> LLM:
     """A float32 engine just large enough for the prompt and an adapter of `rank`."""
     return LLM.load(
         ModelOptions(
@@ -34,7 +37,8 @@ def _load(model: str, rank: int) -> LLM:
             max_model_len=VERIFY_TOKENS + 16,
             max_num_seqs=1,
             max_num_batched_tokens=64,
-            max_loras=-(-rank // 64),
+            max_loras=max(1, -(-rank // 64)),
+            lora_support=support,
         )
     )
 

@@ -82,6 +82,7 @@ def test_the_size_of_a_block_changes_nothing(tmp_path, monkeypatch, block):
     base = make_model("llama", tmp_path / "base", dtype="bfloat16")
     name = "model.layers.1.mlp.up_proj.weight"
     change = delta(96, 64)
+    assert change.pair is not None
     merge_checkpoint(base, {name: lambda: change}, tmp_path / "out")
     before, after = (load_file(f / "model.safetensors") for f in (base, tmp_path / "out"))
     assert before.keys() == after.keys()
