@@ -17,7 +17,7 @@ from jlora.errors import ModelError, ParameterError
 from jlora.export.changes import EMBED, HEAD, Change, Changes
 from jlora.export.folder import DTYPES, Entry, write_json, write_tensors, written_aside
 from jlora.export.tokenizer import copy_tokenizer, set_template
-from jlora.models.checkpoint import INDEX, SINGLE, Checkpoint, Read
+from jlora.models.checkpoint import FLOATS, INDEX, SINGLE, Checkpoint, Read
 from jlora.models.config import ModelConfig
 from jlora.models.weights import sources as sources_of
 from jlora.models.weights import tensor_shapes
@@ -52,7 +52,7 @@ def open_base(model: Path) -> tuple[ModelConfig, Checkpoint]:
     check_not_quantised(model)
     cfg = ModelConfig.from_folder(model)
     checkpoint = Checkpoint.open(model)
-    checkpoint.check(expected_shapes(cfg), tied=cfg.tied)
+    checkpoint.check(expected_shapes(cfg), tied=cfg.tied, multimodal=cfg.multimodal)
     return cfg, checkpoint
 
 
@@ -134,7 +134,7 @@ def _plan(checkpoint: Checkpoint, changes: Changes, dtype: str, untied: bool) ->
     return [
         _Planned(
             entry=Entry(
-                name=name,
+                name=_stored_name(checkpoint, name),
                 shape=checkpoint.tensors[source].shape,
                 dtype=_dtype(checkpoint.tensors[source].dtype, dtype),
             ),
@@ -145,7 +145,17 @@ def _plan(checkpoint: Checkpoint, changes: Changes, dtype: str, untied: bool) ->
     ]
 
 
+def _stored_name(checkpoint: Checkpoint, name: str) -> str:
+    """The tensor's name in a file: that of the base's, for a new head that which fits the embedding's."""
+    if name in checkpoint.tensors:
+        return checkpoint.tensors[name].name
+    embed = checkpoint.tensors[EMBED].name
+    return f"language_model.{name}" if embed.startswith("language_model.") else name
+
+
 def _dtype(stored: str, wanted: str) -> str:
+    if stored not in FLOATS:
+        raise ModelError(f"a tensor of the base is of type {stored}, expected {', '.join(FLOATS)}")
     if wanted != "auto":
         return wanted
     known = {name: dtype for dtype, (_, name) in DTYPES.items()}
@@ -172,7 +182,7 @@ def _file(number: int, count: int) -> str:
 
 def blocks(shape: tuple[int, ...]) -> Iterator[np.ndarray]:
     """Row numbers of a tensor, at most BLOCK values at a time."""
-    step = max(1, BLOCK // int(np.prod(shape[1:])))
+    step = max(1, BLOCK // max(1, int(np.prod(shape[1:]))))
     for start in range(0, shape[0], step):
         yield np.arange(start, min(start + step, shape[0]))
 
@@ -228,5 +238,7 @@ def _copy_files(model: Path, folder: Path, dtype: str, untied: bool) -> None:
         changed["torch_dtype"] = dtype
     if untied:
         changed["tie_word_embeddings"] = False
+        if isinstance(text := changed.get("text_config"), dict):
+            changed["text_config"] = text | {"tie_word_embeddings": False}
     if changed != config:
         write_json(folder / "config.json", changed)

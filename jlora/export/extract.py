@@ -120,8 +120,10 @@ def _sources(
         raise ModelError(
             f"{after.folder} is no tuned version of {before.folder}: {'; '.join(texts)}"
         )
+    # Of a model that also sees, the other parts too: they may have been tuned.
+    same = [n for n in before.tensors if n in shapes or n in after.tensors]
     untied = {HEAD: EMBED} if tied and HEAD in after.tensors else {}
-    return {name: name for name in shapes} | untied
+    return {name: name for name in same} | untied
 
 
 def _difference(

@@ -12,7 +12,7 @@ from jlora.export import checkpoint
 from jlora.export.changes import EMBED, HEAD, LoraChange
 from jlora.export.checkpoint import merge_checkpoint
 from jlora.export.svd import Pair
-from tests.tiny import VOCAB, make_model
+from tests.tiny import VOCAB, make_model, model_config
 
 IDS = [[5, 9, 100, 42, 7, 250, 3, 66]]
 
@@ -141,3 +141,41 @@ def test_transformers_takes_the_adapters_chat_template(tmp_path, where):
     assert tokenizer.chat_template == "adapter"
     saved = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
     assert saved.get("chat_template", "adapter") == "adapter"
+
+
+def test_a_model_that_also_sees_keeps_its_names_and_other_parts(tmp_path):
+    """Merged, then loaded by transformers: the text part changed, the vision part bit for bit there."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    small = {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    config = transformers.Gemma3Config(
+        text_config=model_config("gemma3") | {"image_token_index": 300},
+        vision_config={"hidden_size": 16, "image_size": 28, "patch_size": 14, **small},
+        mm_tokens_per_image=1,
+        image_token_index=300,
+    )
+    torch.manual_seed(3)
+    model = transformers.Gemma3ForConditionalGeneration(config).eval()
+    model.save_pretrained(tmp_path / "base")
+    query = "model.layers.0.self_attn.q_proj.weight"
+    heads = model.model.language_model.layers[0].self_attn.q_proj.weight.shape[0]
+    parts = {query: delta(heads, 64), HEAD: delta(VOCAB, 64, 1)}
+    makes = {name: (lambda change=change: change) for name, change in parts.items()}
+    merge_checkpoint(tmp_path / "base", makes, tmp_path / "out")
+
+    plain = logits(model)
+    with torch.no_grad():
+        weight = model.model.language_model.layers[0].self_attn.q_proj.weight
+        weight.copy_(torch.from_numpy(parts[query].rows(weight.numpy(), 0)))
+        head = model.model.language_model.embed_tokens.weight.clone().numpy()
+        model.lm_head.weight = torch.nn.Parameter(torch.from_numpy(parts[HEAD].rows(head, 0)))
+    expected = logits(model)
+    merged = transformers.Gemma3ForConditionalGeneration.from_pretrained(tmp_path / "out").eval()
+    assert np.abs(expected - plain).max() > 1
+    assert np.abs(logits(merged) - expected).max() < 1e-4
+    before, after = (load_file(tmp_path / f / "model.safetensors") for f in ("base", "out"))
+    assert after.keys() - before.keys() == {"language_model.lm_head.weight"}
+    assert before.keys() <= after.keys()
+    for name in before:
+        if name.startswith("vision_tower"):
+            assert np.array_equal(before[name], after[name])
