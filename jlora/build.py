@@ -266,8 +266,11 @@ def _support(options: ModelOptions, cfg: ModelConfig) -> Support:
     """What the rank pages must hold: what was asked for, or the least that the start's adapters need."""
     if options.lora_support != "auto":
         return options.lora_support
-    levels = [required_support(module.path, cfg) for module in options.adapters]
-    return max(levels, key=SUPPORT.index, default="plain")
+    levels = {required_support(module.path, cfg) for module in options.adapters}
+    most: Support = "plain"
+    for level in SUPPORT:
+        most = level if level in levels else most
+    return most
 
 
 def _load_adapters(options: ModelOptions, store: AdapterStore) -> list[AdapterEntry]:

@@ -57,11 +57,11 @@ def replaced_weight(
     base: Base, place: Place, new: Float[np.ndarray, "rows columns"]
 ) -> LoraWeights:
     """A whole new weight as a pair of full rank: the difference, and an identity."""
-    delta = np.empty(new.shape, np.float32)
+    delta: np.ndarray = np.empty(new.shape, np.float32)
     for rows, block in base.blocks(*place):
         delta[rows] = new[rows].astype(np.float32) - block
-    out_in = delta.T if place[1] == VOCABULARY[0] else delta
-    n, k = out_in.shape[0], out_in.shape[1]
+    out_in: np.ndarray = delta.T if place[1] == VOCABULARY[0] else delta
+    n, k = out_in.shape
     eye = np.eye(min(n, k), dtype=np.float32)
     a, b = (eye, out_in) if k <= n else (out_in, eye)
     return LoraWeights(a=np.ascontiguousarray(a), b=b, rank=len(eye), scaling=1.0)

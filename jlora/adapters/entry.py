@@ -68,6 +68,8 @@ class AdapterEntry:
     scalings: tuple[float, ...] = ()
     """Different scalings of its modules, in ascending order."""
     pinned: bool = False
+    mix: tuple[tuple["AdapterEntry", float], ...] = ()
+    """The weighted adapters that it is the sum of, if it is a mix (see `mix`)."""
     base_model: str | None = None
     chat_template: str | None = None
     tier: Tier = "disk"
@@ -80,6 +82,11 @@ class AdapterEntry:
     """Duration of its last read and staging."""
     error: str | None = None
     """Why the last background read failed; its waiting requests fail with this text."""
+
+    @property
+    def label(self) -> str:
+        """The name in metrics: users may make any number of mixes."""
+        return "(mix)" if self.mix else self.name
 
     def facts(self) -> dict[str, object]:
         """The entry as GET /v1/adapters shows it."""

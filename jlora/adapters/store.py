@@ -10,7 +10,6 @@ import itertools
 import logging
 import os
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,10 +21,16 @@ from jlora.adapters.entry import Drain as Drain
 from jlora.adapters.entry import Placement as Placement
 from jlora.adapters.entry import S, StoreCounters, check_name
 from jlora.adapters.entry import allowed_path as allowed_path
+from jlora.adapters.mix import canonical, parse_mix
+from jlora.adapters.mix import looks_like_mix as looks_like_mix
+from jlora.adapters.reader import AdapterReader
 from jlora.adapters.tiers import Record, Tiers
 from jlora.errors import AdapterError, AdapterNotFound, UnknownModelError
 
 log = logging.getLogger(__name__)
+
+MAX_MIXES = 64
+"""Weighted mixes that are kept; one more pushes out the one that was asked for least recently."""
 
 
 class AdapterStore(Generic[S]):
@@ -49,18 +54,18 @@ class AdapterStore(Generic[S]):
         adapter may take `max_adapter_pages` of them. `reserved` are the base model's names.
         `on_change` is called, on any thread, when an adapter that was being read arrives or
         fails (the engine wakes up)."""
-        self._read, self._stage = read, stage
+        self._reader = AdapterReader(read, stage)
         self.num_pages, self.page_bytes = num_pages, page_bytes
         self._tiers: Tiers[S] = Tiers(num_pages, max_cpu_loras, host_bytes, max_adapter_pages)
         self.reserved = frozenset(reserved)
         self.on_change = on_change
         self._lock = threading.RLock()
         self._names: dict[str, Record[S]] = {}
+        self._mixes: dict[str, Record[S]] = {}  # least recently asked for first
         self._wanted: deque[Record[S]] = deque()  # reads that wait for host memory, in order
         self._generations, self._ticks = itertools.count(1), itertools.count(1)
         self._forgotten: list[str] = []
-        self._load_seconds: deque[float] = deque(maxlen=4096)
-        self._loads = self._failures = self._unloads = 0
+        self._unloads = 0
         self._hits = {"device": 0, "host": 0, "disk": 0}
         self._workers = ThreadPoolExecutor(workers, thread_name_prefix="adapter-read")
 
@@ -77,9 +82,28 @@ class AdapterStore(Generic[S]):
         check_name(name, self.reserved)
         with self._lock:
             self._check_free(name, replace)
-        path = os.fspath(path)
+        entry = self._register(name, os.fspath(path), self._names, pinned=pinned, replace=replace)
+        log.info(
+            "adapter=%s modules_bound=%d projections=%s rank=%d scaling=%s bytes=%d seconds=%.2f path=%s",
+            name, entry.bound, "+".join(entry.modules), entry.rank,
+            "+".join(f"{scaling:g}" for scaling in entry.scalings), entry.nbytes,
+            entry.load_seconds, entry.path,
+        )  # fmt: skip
+        return entry
+
+    def _register(
+        self,
+        name: str,
+        path: str,
+        table: dict[str, Record[S]],
+        *,
+        pinned: bool = False,
+        replace: bool = False,
+        mix: tuple[tuple[AdapterEntry, float], ...] = (),
+    ) -> AdapterEntry:
+        """Reads an adapter or a mix and enters it in a table of names."""
         try:
-            staged, seconds = self._fetch(path)
+            staged, seconds = self._reader.fetch(path, mix)
         except AdapterNotFound as error:
             raise AdapterNotFound(f"Loading lora {name} failed: {error}") from None
         except (AdapterError, OSError) as error:
@@ -96,26 +120,23 @@ class AdapterStore(Generic[S]):
             bound=staged.bound,
             scalings=staged.scalings,
             pinned=pinned,
+            mix=mix,
             base_model=staged.base_model,
             chat_template=staged.chat_template,
             load_seconds=seconds,
         )
         record = Record(entry, used=next(self._ticks))
         with self._lock:
-            self._check_free(name, replace)
-            old = self._names.get(name)
+            if table is self._names:
+                self._check_free(name, replace)
+            old = table.get(name)
             self._tiers.check_fits(record, leaving=old)
             if old is not None:
                 self._start_drain(old)
-            self._names[name] = self._tiers.records[entry] = record
+            table[name] = self._tiers.records[entry] = record
             if self._tiers.make_host_room(entry.nbytes):  # else it stays on disk until it is wanted
                 record.staged = staged
             record.note()
-        log.info(
-            "adapter=%s modules_bound=%d projections=%s rank=%d scaling=%s bytes=%d seconds=%.2f path=%s",
-            name, entry.bound, "+".join(entry.modules), entry.rank,
-            "+".join(f"{scaling:g}" for scaling in entry.scalings), entry.nbytes, seconds, path,
-        )  # fmt: skip
         return entry
 
     def unload(self, name: str) -> Drain:
@@ -131,7 +152,8 @@ class AdapterStore(Generic[S]):
     def resolve(self, model: str, base_names: Sequence[str]) -> AdapterEntry | None:
         """The adapter that a request's `model` names; None: the base model.
 
-        An exact name comes first, then `base:adapter`. UnknownModelError lists what is there.
+        An exact name comes first, then `base:adapter`, then a mix such as `a*0.7+b*0.3`, which is
+        read here if it is a new one. UnknownModelError lists what is there.
         """
         with self._lock:
             if model in base_names:
@@ -141,8 +163,29 @@ class AdapterStore(Generic[S]):
                 if name in self._names:
                     return self._names[name].entry
             there = ", ".join([*base_names, *self._names])
+            terms = parse_mix(model, self._names) if looks_like_mix(model) else None
+            parts = tuple((self._names[name].entry, weight) for name, weight in terms or ())
+        if parts:
+            return self._mix(parts)
         shown = model if len(model) <= 200 else f"{model[:200]}..."
         raise UnknownModelError(f"The model `{shown}` does not exist. There are: {there}")
+
+    def _mix(self, parts: tuple[tuple[AdapterEntry, float], ...]) -> AdapterEntry:
+        """The entry of a mix; the least recently asked for goes when there are too many."""
+        name = canonical([(entry.name, weight) for entry, weight in parts])
+        with self._lock:
+            record = self._mixes.pop(name, None)
+            if record is not None:
+                self._mixes[name] = record
+                if record.entry.mix == parts and record.generations == _generations(parts):
+                    return record.entry
+        entry = self._register(name, name, self._mixes, mix=parts)
+        with self._lock:
+            if (record := self._mixes.get(name)) is not None:
+                record.generations = _generations(parts)
+            while len(self._mixes) > MAX_MIXES:
+                self._start_drain(next(iter(self._mixes.values())))
+        return entry
 
     def __contains__(self, name: str) -> bool:
         """Whether an adapter of this name is loaded."""
@@ -248,8 +291,8 @@ class AdapterStore(Generic[S]):
         """A snapshot of the totals."""
         with self._lock:
             return StoreCounters(
-                loads=self._loads,
-                load_failures=self._failures,
+                loads=self._reader.loads,
+                load_failures=self._reader.failures,
                 unloads=self._unloads,
                 hits=dict(self._hits),
                 evictions=dict(self._tiers.evictions),
@@ -259,10 +302,7 @@ class AdapterStore(Generic[S]):
 
     def take_load_seconds(self) -> list[float]:
         """Durations of the reads since the last call (at most the last 4096)."""
-        with self._lock:
-            seconds = list(self._load_seconds)
-            self._load_seconds.clear()
-            return seconds
+        return self._reader.take_seconds()
 
     def close(self) -> None:
         """Stops the workers; reads that run are finished, others are dropped."""
@@ -273,7 +313,8 @@ class AdapterStore(Generic[S]):
         with self._lock:
             self._tiers.check()
             for entry, record in self._tiers.records.items():
-                assert record.drain is not None or self._names[entry.name] is record
+                table = self._mixes if entry.mix else self._names
+                assert record.drain is not None or table[entry.name] is record
                 assert record.wanted == (record in self._wanted)
 
     # ---- inside: the lock is held ------------------------------------------------------------
@@ -286,7 +327,12 @@ class AdapterStore(Generic[S]):
             )
 
     def _start_drain(self, record: Record[S]) -> Drain:
-        del self._names[record.entry.name]
+        table = self._mixes if record.entry.mix else self._names
+        del table[record.entry.name]
+        for mix in [
+            r for r in self._mixes.values() if any(e is record.entry for e, _ in r.entry.mix)
+        ]:
+            self._start_drain(mix)  # of which it was a part
         record.entry.pinned = False
         drain = record.drain = Drain(record.entry)
         if record.entry.in_flight == 0:
@@ -336,24 +382,10 @@ class AdapterStore(Generic[S]):
 
     # ---- inside: the lock is not held --------------------------------------------------------
 
-    def _fetch(self, path: str) -> tuple[S, float]:
-        start = time.perf_counter()
-        try:
-            staged = self._stage(self._read(path))
-        except BaseException:
-            with self._lock:
-                self._failures += 1
-            raise
-        seconds = time.perf_counter() - start
-        with self._lock:
-            self._loads += 1
-            self._load_seconds.append(seconds)
-        return staged, seconds
-
     def _read_in_background(self, record: Record[S]) -> None:
         entry, staged, error = record.entry, None, None
         try:
-            staged, entry.load_seconds = self._fetch(entry.path)
+            staged, entry.load_seconds = self._reader.fetch(entry.path, entry.mix)
         except Exception as caught:  # whatever is wrong with one adapter must not stop a worker
             error = f"Loading lora {entry.name} failed: {caught}"
             log.warning("%s", error, exc_info=not isinstance(caught, AdapterError))
@@ -387,3 +419,8 @@ class AdapterStore(Generic[S]):
             record.staged = staged
         if staged is not None:
             entry.chat_template = staged.chat_template
+
+
+def _generations(parts: tuple[tuple[AdapterEntry, float], ...]) -> tuple[int, ...]:
+    """What of its adapters a mix was made of: one that changed makes it stale."""
+    return tuple(entry.generation for entry, _ in parts)

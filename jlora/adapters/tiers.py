@@ -31,6 +31,8 @@ class Record(Generic[S]):
     used: int = 0
     """Tick of the last use, for LRU order."""
     drain: Drain | None = None
+    generations: tuple[int, ...] = ()
+    """Those of its adapters when a mix was read."""
 
     @property
     def in_host(self) -> bool:

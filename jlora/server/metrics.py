@@ -100,7 +100,7 @@ class Metrics:
         if self._running.pop(stream, stream) is not None:
             return
         now = time.monotonic()
-        name = stream.adapter.name if stream.adapter is not None else BASE
+        name = stream.adapter.label if stream.adapter is not None else BASE
         self._e2e.observe(now - stream.created)
         self._prompts.observe(stream.prompt_tokens)
         self._outputs.observe(stream.completion_tokens)
@@ -129,7 +129,7 @@ class Metrics:
     def forget(self, name: str) -> None:
         """Drop the series of an adapter that is gone, so that churn does not grow the page for ever;
         while requests of it run, the last of them does."""
-        running = (s.adapter.name for s in self._running if s.adapter is not None)
+        running = (s.adapter.label for s in self._running if s.adapter is not None)
         if name not in self._reasons or name in self._store or name in running:
             return
         self._adapter_prompt.remove(self._model, name)

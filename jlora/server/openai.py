@@ -38,7 +38,7 @@ async def completions(request: Request) -> Response:
     service = service_of(request)
     body = await read(request, CompletionBody)
     params, prompts = body.params(), body.prompts
-    entry = service.resolve(body.model, body.lora_path)
+    entry = await service.find(body.model, body.lora_path)
     special = True if body.add_special_tokens is None else body.add_special_tokens
     texts = [prompt if isinstance(prompt, str) else None for prompt in prompts]
 
@@ -63,7 +63,7 @@ async def chat(request: Request) -> Response:
     service = service_of(request)
     body = await read(request, ChatBody)
     params = body.params()
-    entry = service.resolve(body.model, body.lora_path)
+    entry = await service.find(body.model, body.lora_path)
     ids = await asyncio.to_thread(encode_chat, service, body, entry, bool(body.add_special_tokens))
     reply = ChatReply(
         body=body, model=body.model or service.llm.names[0], tokenizer=service.llm.tokenizer
@@ -229,7 +229,7 @@ async def tokenize(request: Request) -> Response:
 async def detokenize(request: Request) -> Response:
     service = service_of(request)
     body = await read(request, DetokenizeBody)
-    service.resolve(body.model)
+    await service.find(body.model)
     for token in body.tokens:
         if not 0 <= token < service.llm.parts.vocab:
             raise ParameterError(

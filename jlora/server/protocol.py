@@ -4,9 +4,9 @@ Every documented field is known here. One that would change the answer and that 
 400 that names it, unless it holds the value that changes nothing; an unknown field is a 400 too.
 """
 
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, field_validator
 
 from jlora.engine.params import SamplingParams
 from jlora.errors import ParameterError
@@ -24,10 +24,24 @@ class StreamOptions(Body):
     include_obfuscation: StrictBool = False
 
 
+def _mix_name(value: Any) -> Any:
+    """`{"a": 0.7, "b": 0.3}` as the mix `a*0.7+b*0.3`."""
+    if not isinstance(value, dict):
+        return value
+    numbers = all(isinstance(w, int | float) and not isinstance(w, bool) for w in value.values())
+    if not value or not numbers:
+        raise ValueError('a mix is an object of adapter names and weights, such as {"a": 0.7}')
+    return "+".join(f"{name}*{weight!r}" for name, weight in value.items())
+
+
+ModelName = Annotated[str | None, BeforeValidator(_mix_name)]
+"""A name, a mix such as "a*0.7+b*0.3", or the mix as an object."""
+
+
 class Generation(Body):
     """Fields that completions and chat share: OpenAI's, vLLM's extras, SGLang's `lora_path`."""
 
-    model: str | None = None
+    model: ModelName = None
     lora_path: str | None = None
     n: int = Field(default=1, ge=1, le=MAX_N)
     temperature: float | None = None
@@ -320,7 +334,7 @@ class ChatBody(Generation, Conversation):
 class TokenizeBody(Body):
     """POST /tokenize with a prompt"""
 
-    model: str | None = None
+    model: ModelName = None
     prompt: str
     add_special_tokens: StrictBool = True
     return_token_strs: StrictBool | None = False
@@ -329,7 +343,7 @@ class TokenizeBody(Body):
 class TokenizeChatBody(Conversation):
     """POST /tokenize with messages"""
 
-    model: str | None = None
+    model: ModelName = None
     add_special_tokens: StrictBool = False
     return_token_strs: StrictBool | None = False
 
@@ -339,7 +353,7 @@ class TokenizeChatBody(Conversation):
 class DetokenizeBody(Body):
     """POST /detokenize"""
 
-    model: str | None = None
+    model: ModelName = None
     tokens: list[int]
 
 

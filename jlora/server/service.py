@@ -15,7 +15,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from jlora.adapters.store import AdapterEntry
+from jlora.adapters.store import AdapterEntry, looks_like_mix
 from jlora.engine.params import SamplingParams
 from jlora.errors import UnknownModelError
 from jlora.llm import LLM
@@ -70,6 +70,12 @@ class Service:
             if entry is None and lora_path not in self.llm.names:
                 raise UnknownModelError(f"The adapter `{lora_path}` does not exist.")
         return entry
+
+    async def find(self, model: str | None, lora_path: str | None = None) -> AdapterEntry | None:
+        """`resolve` for handlers: a mix of adapters is read on a worker thread."""
+        if any(looks_like_mix(name) for name in (model, lora_path) if name):
+            return await asyncio.to_thread(self.resolve, model, lora_path)
+        return self.resolve(model, lora_path)
 
     def stream(
         self, prompts: list[list[int]], params: SamplingParams, adapter: AdapterEntry | None

@@ -40,7 +40,7 @@ async def generate(request: Request) -> Response:
     handed_on = False
     try:
         for part in parts:
-            adapter = service.resolve(part.lora_path)
+            adapter = await service.find(part.lora_path)
             streams.append(service.stream([part.ids], part.params, adapter))
         if not body.stream:
             for stream in streams:

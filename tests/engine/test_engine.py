@@ -143,6 +143,26 @@ def test_mixed_batches_generate_what_transformers_and_peft_generate(build, adapt
     assert len(texts) == 4, "the adapters must change the text, or a dropped one would not show"
 
 
+def test_a_weighted_mix_generates_what_peft_generates_with_the_concatenated_adapter(
+    build, adapters, tmp_path
+):
+    weights = {"r4": 0.7, "r24": -0.4}
+    fresh = transformers.AutoModelForCausalLM.from_pretrained(adapters.folder, dtype=torch.float32)
+    model = peft.PeftModel.from_pretrained(fresh, adapters.paths["r4"], adapter_name="r4")
+    model.load_adapter(adapters.paths["r24"], adapter_name="r24")
+    model.add_weighted_adapter([*weights], [*weights.values()], "mix", combination_type="cat")
+    model.set_adapter("mix")
+    parts = build()
+    jobs = [Job(parts, prompt, "r4*0.7+r24*-0.4") for prompt in PROMPTS]
+    beside = Job(parts, PROMPTS[0], "r24")
+    for prompt, job in zip(PROMPTS, jobs, strict=True):
+        with torch.no_grad():
+            scores = model(torch.tensor([[*prompt, *job.tokens]])).logits[0]
+        assert job.tokens == scores[len(prompt) - 1 : -1].argmax(-1).tolist()
+        assert job.tokens != adapters.greedy("r4", prompt)
+    assert beside.tokens == adapters.greedy("r24", PROMPTS[0])
+
+
 def test_a_request_alone_generates_the_same_as_in_a_batch(build, adapters):
     parts = build()
     for prompt, name in MIX[:4]:
