@@ -5,7 +5,9 @@ for the refusal. Ranks come from shapes and are checked against the config.
 """
 
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -37,15 +39,16 @@ from jlora.adapters.tensors import (
     read_small,
     read_tensor,
 )
+from jlora.adapters.torch_file import read_bin_header
 from jlora.errors import AdapterError, AdapterNotFound
 from jlora.models.config import ModelConfig
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 TEMPLATE_FILE = "chat_template.jinja"
 TOKENIZER_FILE = "tokenizer_config.json"
-READ_FILES = (CONFIG_FILE, WEIGHTS_FILE, TEMPLATE_FILE, TOKENIZER_FILE)
+TORCH_FILES = ("adapter_model.bin", "adapter_model.pt")
+READ_FILES = (CONFIG_FILE, WEIGHTS_FILE, *TORCH_FILES, TEMPLATE_FILE, TOKENIZER_FILE)
 """All files of a folder that are ever opened."""
-PICKLES = ("adapter_model.bin", "adapter_model.pt")
 MAX_TEMPLATE = 1 << 20
 MAX_TOKENIZER_CONFIG = 16 << 20
 
@@ -65,9 +68,7 @@ def read_adapter(
     folder = Path(path)
     _check_folder(folder)
     config = read_config(folder)
-    weights_path = folder / WEIGHTS_FILE
-    with open_regular(weights_path) as file:
-        header = read_header(file, weights_path)
+    with _open_weights(folder) as (file, weights_path, header):
         total = sum(info.nbytes for info in header.values())
         if total > max_bytes:
             raise AdapterError(f"{folder} holds {total} bytes, more than the limit of {max_bytes}")
@@ -97,8 +98,8 @@ def required_support(path: str | Path, cfg: ModelConfig) -> Support:
     """What an engine must support for this adapter, from its names alone. Raises as read_adapter."""
     folder = Path(path)
     _check_folder(folder)
-    with open_regular(folder / WEIGHTS_FILE) as file:
-        modules = sort_tensors(read_header(file, folder / WEIGHTS_FILE), cfg, folder)
+    with _open_weights(folder) as (_, _, header):
+        modules = sort_tensors(header, cfg, folder)
     if any(layer == NO_LAYER for layer, _ in modules):
         return "full"
     pairs_only = all(found.tensors.keys() <= {"A", "B", "weight"} for found in modules.values())
@@ -215,13 +216,21 @@ def _check_folder(folder: Path) -> None:
         if isinstance(error, AdapterNotFound):
             raise
         raise AdapterNotFound(f"No adapter found for {str(folder)!r}: {error}") from None
-    if WEIGHTS_FILE not in names:
-        if pickles := [name for name in PICKLES if name in names]:
-            raise AdapterError(
-                f"{folder} has {pickles[0]}, a pickle, which is never loaded; convert it to "
-                f"{WEIGHTS_FILE}"
-            )
+    if names.isdisjoint((WEIGHTS_FILE, *TORCH_FILES)):
         raise AdapterError(f"{folder} has no {WEIGHTS_FILE}")
+
+
+@contextmanager
+def _open_weights(folder: Path) -> Iterator[tuple[BinaryIO, Path, dict[str, TensorInfo]]]:
+    """(open file, its path, its tensors): safetensors, else what torch.save wrote."""
+    names = (WEIGHTS_FILE, *TORCH_FILES)
+    path = folder / next((name for name in names if os.path.lexists(folder / name)), WEIGHTS_FILE)
+    with open_regular(path) as file:
+        yield (
+            file,
+            path,
+            (read_header if path.name == WEIGHTS_FILE else read_bin_header)(file, path),
+        )
 
 
 def _chat_template(folder: Path) -> str | None:

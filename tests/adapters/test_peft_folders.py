@@ -49,13 +49,6 @@ def test_a_full_model_is_told_apart(tmp_path: Path) -> None:
         read(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["adapter_model.bin", "adapter_model.pt"])
-def test_pickles_are_refused_by_name(tmp_path: Path, name: str) -> None:
-    write(tmp_path, config(), None)
-    (tmp_path / name).write_bytes(b"\x80\x04")
-    refused(tmp_path, f"{name}, a pickle")
-
-
 def test_a_missing_weights_file_is_named(tmp_path: Path) -> None:
     refused(write(tmp_path, config(), None), "has no adapter_model.safetensors")
 
