@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse(BenchOptions, given, prog=PROG, accepted=("--enable-lora",))
     setup_logging("warning")
     started = time.monotonic()
-    facts: dict[str, Any] = provenance(given)
+    facts: dict[str, Any] = {**provenance(given), "workload": options.settings()}
     try:
         results = Results(options.out, options.settings())
     except JloraError as error:
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not results.done:
             return status
     with undisturbed():
-        report(options, results, facts, complete=status == 0)
+        report(results, facts, complete=status == 0)
     return status
 
 
@@ -185,14 +185,11 @@ def device() -> dict[str, Any]:
     }
 
 
-def report(
-    options: BenchOptions, results: Results, facts: dict[str, Any], *, complete: bool
-) -> None:
+def report(results: Results, facts: dict[str, Any], *, complete: bool) -> None:
     """Table and JSON on stdout."""
     rows = summarise(results.done)
     print_table(rows, f"{facts.get('model') or 'server'}, {facts.get('target')}")
-    document = {**facts, "workload": options.settings(), "results": rows}
-    print(json.dumps(document | {"complete": complete}))
+    print(json.dumps({**facts, "results": rows, "complete": complete}))
 
 
 if __name__ == "__main__":

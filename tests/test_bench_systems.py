@@ -46,9 +46,14 @@ def adapters(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathF
 def test_merged_in_place_equals_unmerged_and_leaves_the_base_as_it_was(adapters):
     folder, folders = adapters
     modules = tuple(f"{name}={path}" for name, path in folders.items())
-    options = {"max_num_seqs": 1, "max_model_len": 64, "max_num_batched_tokens": 16}
     llm = LLM(
-        str(folder), lora_modules=modules, enable_prefix_caching=False, max_loras=1, **options
+        str(folder),
+        lora_modules=modules,
+        enable_prefix_caching=False,
+        max_loras=1,
+        max_num_seqs=1,
+        max_model_len=64,
+        max_num_batched_tokens=16,
     )
     base_name = llm.names[0]
     with llm:

@@ -73,7 +73,9 @@ ALLOWED = {
 }
 """Package or module -> prefixes of what it may import of this repository. The longest key counts."""
 
-COMMANDS = {"jlora.serve", "jlora.generate", "jlora.bench", "jlora.merge", "jlora.inspect"}
+COMMANDS = {
+    f"jlora.{name}" for name in ("serve", "generate", "bench", "merge", "inspect", "plan")
+}
 """`python -m` modules: they may import anything, nobody imports them."""
 
 

@@ -1,0 +1,320 @@
+"""`python -m jlora.plan --model llama-3.1-8b --adapters 100 --rank 16 --device h100`: what fits, how
+fast it can be, and how far such figures were from what was measured.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.table import Table
+
+from jlora.benchmark.results import measurement, read_lines
+from jlora.benchmark.rounds import summarise
+from jlora.benchmark.shapes import SHAPES, shape_config
+from jlora.cli import fail, parse
+from jlora.console import size
+from jlora.errors import JloraError, ParameterError
+from jlora.models.config import ModelConfig
+from jlora.planning import (
+    DEVICES,
+    MEASURED,
+    Device,
+    Measured,
+    floor,
+    floor_of,
+    memory,
+    parameters,
+    reached,
+)
+
+PROG = "jlora.plan"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanOptions:
+    """A model, adapters and a device."""
+
+    model: str = "llama-3.1-8b"
+    """A named shape, a model folder or a config.json."""
+
+    adapters: int = 100
+    """Adapters on the device."""
+
+    rank: int = 16
+    """Their rank."""
+
+    device: str = "h100"
+    """Of h100, h200, a100, a100-40, l40s, a10g, cpu."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of weights and cache. auto: bfloat16, float32 on a CPU."""
+
+    rows: int = 32
+    """Sequences that decode at once."""
+
+    context: int = 1024
+    """Tokens of each of them."""
+
+    active: int | None = None
+    """Different adapters among them. Default: as many as there are, at most one each."""
+
+    utilization: float = 0.9
+    """Share of the memory that may be used."""
+
+    memory_gb: float | None = None
+    """Memory of the device, in 10^9 bytes, if not the usual."""
+
+    bandwidth_gb: float | None = None
+    """Its read bandwidth in 10^9 bytes per second, if measured."""
+
+    tflops: float | None = None
+    """Its 10^12 operations per second, if measured."""
+
+    check: str | None = None
+    """A results file of jlora.bench: computed against measured, with the error."""
+
+    json: bool = False
+    """Print one JSON document."""
+
+    def __post_init__(self) -> None:
+        for name in ("adapters", "active"):
+            if (getattr(self, name) or 0) < 0:
+                raise ParameterError(f"{name} must not be negative", name)
+        for name in ("rank", "rows", "context", "memory_gb", "bandwidth_gb", "tflops"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ParameterError(f"{name} must be positive, got {value}", name)
+        if not 0 < self.utilization <= 1:
+            raise ParameterError(
+                f"utilization must lie in (0, 1], got {self.utilization}", "utilization"
+            )
+        if self.device not in DEVICES:
+            raise ParameterError(
+                f"device {self.device!r} is not one of {', '.join(DEVICES)}; give another one's "
+                "--memory-gb, --bandwidth-gb and --tflops",
+                "device",
+            )
+
+    def hardware(self) -> Device:
+        """The device, with what is known better."""
+        found = DEVICES[self.device]
+        given = {"memory": self.memory_gb, "bandwidth": self.bandwidth_gb}
+        better = {name: value * 1e9 for name, value in given.items() if value is not None}
+        if self.tflops is not None:
+            better["flops"] = self.tflops * 1e12
+        return replace(found, **better)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parse(PlanOptions, argv, prog=PROG)
+    try:
+        cfg, device = config_of(options.model), options.hardware()
+        plan = compute(options, cfg, device)
+        checked = [] if options.check is None else check(Path(options.check))
+    except JloraError as error:
+        fail(PROG, error)
+    if options.json:
+        print(json.dumps(plan | {"checked": checked}))
+        return 0
+    show(options, cfg, device, plan)
+    if options.check is not None:
+        show_checked(checked, options.check)
+    return 0
+
+
+def config_of(model: str) -> ModelConfig:
+    """From a shape's name, a folder or a config.json."""
+    path = Path(model)
+    if model in SHAPES:
+        return shape_config(model)
+    if path.is_file():
+        return ModelConfig.from_folder(path.parent)
+    if path.is_dir():
+        return ModelConfig.from_folder(path)
+    raise ParameterError(
+        f"model {model!r} is no folder, and no shape: {', '.join(SHAPES)}", "model"
+    )
+
+
+def compute(options: PlanOptions, cfg: ModelConfig, device: Device) -> dict[str, Any]:
+    """Everything that is shown."""
+    dtype = device.dtype if options.dtype == "auto" else options.dtype
+    plan = memory(
+        cfg,
+        device,
+        adapters=options.adapters,
+        rank=options.rank,
+        dtype=dtype,
+        utilization=options.utilization,
+    )
+    most = min(options.adapters, options.rows)
+    active = most if options.active is None else options.active
+    step = {"rows": options.rows, "context": options.context, "rank": options.rank}
+    without = floor(cfg, device, active=0, dtype=dtype, **step)
+    least = floor(cfg, device, active=active, dtype=dtype, **step)
+    share = reached({name: shape_config(name) for name in SHAPES}, device, MEASURED)
+    return {
+        "model": cfg.name,
+        "device": device.name,
+        "dtype": dtype,
+        "parameters": parameters(cfg).total,
+        "weights": plan.weights,
+        "adapter": plan.adapter,
+        "adapters": plan.adapters,
+        "kv_token": plan.kv_token,
+        "kv_room": plan.room,
+        "kv_tokens": plan.kv_tokens,
+        "sequences": plan.kv_tokens // options.context,
+        "merged": plan.merged,
+        "active": active,
+        "bound": least.bound,
+        "floor_ms": 1e3 * least.seconds,
+        "floor_tok_s": options.rows / least.seconds,
+        "lora_floor": without.seconds / least.seconds,
+        "reached": share,
+        "expected_ms": 1e3 * least.seconds / share,
+        "expected_tok_s": options.rows * share / least.seconds,
+        "measured": [
+            measured_error(point, share) for point in MEASURED if point.device == device.name
+        ],
+    }
+
+
+def measured_error(point: Measured, share: float) -> dict[str, Any]:
+    """A step that was timed, beside its forecast."""
+    least = floor_of(shape_config(point.shape), DEVICES[point.device], point).seconds
+    return {
+        "shape": point.shape,
+        "rows": point.rows,
+        "active": point.active,
+        "floor_ms": 1e3 * least,
+        "expected_ms": 1e3 * least / share,
+        "measured_ms": 1e3 * point.step,
+        "error": least / share / point.step - 1,
+        "source": point.source,
+    }
+
+
+def check(path: Path) -> list[dict[str, Any]]:
+    """Steps of a benchmark in process beside their floor, and the plan's bytes beside the process's."""
+    lines = read_lines(path)
+    sessions = {line["settings"]: line for line in lines if line["kind"] == "session"}
+    found = []
+    for settings, session in sessions.items():
+        runs = [line for line in lines if line["kind"] == "run" and line["settings"] == settings]
+        device = DEVICES.get(
+            "cpu" if (session.get("device") or {}).get("platform") == "cpu" else "h100"
+        )
+        if not runs or not session.get("plan") or device is None:
+            continue
+        work = session["workload"]
+        cfg = (
+            config_of(work["shape"] or "smollm2-135m")
+            if not work["model"]
+            else config_of(work["model"])
+        )
+        context = work["random_input_len"] + work["random_output_len"] / 2
+        for row in summarise([measurement(line) for line in runs]):
+            if row["system"] not in ("base", "unmerged") or work["arrivals"] != "closed":
+                continue
+            rows, ranks = int(row["load"]), [int(r) for r in (row["ranks"] or "0").split(",")]
+            active = 1 if row["popularity"] == "identical" else min(row["adapters"], rows)
+            least = floor(
+                cfg, device, rows=rows, context=context, active=active,
+                rank=sum(ranks) / len(ranks), dtype=device.dtype,
+            )  # fmt: skip
+            planned = sum(
+                session["plan"][name]
+                for name in ("weights", "adapter_pages", "adapter_copies", "kv_pages")
+            )
+            found.append(
+                {
+                    "case": row["case"], "rows": rows, "floor_ms": 1e3 * least.seconds,
+                    "measured_ms": row["itl_p50"],
+                    "reached": 1e3 * least.seconds / max(row["itl_p50"], 1e-9),
+                    "planned": planned, "rss": row.get("rss"),
+                }
+            )  # fmt: skip
+    return found
+
+
+def show(options: PlanOptions, cfg: ModelConfig, device: Device, plan: dict[str, Any]) -> None:
+    """The plan as text."""
+    out = Console(width=None if sys.stdout.isatty() else 110, highlight=False)
+    known = "measured" if device.measured else "the vendor's figures, never reached in full"
+    out.print(
+        f"[bold]{cfg.name}[/bold]: {plan['parameters'] / 1e9:.2f} billion parameters, {plan['dtype']}"
+    )
+    out.print(
+        f"{device.name}: {device.memory / 1e9:.0f} GB, {device.bandwidth / 1e9:.0f} GB/s, "
+        f"{device.flops / 1e12:.3g} TFLOP/s ({known})"
+    )
+    table = Table(show_header=False, box=None)
+    for name, text in (
+        ("weights", gb(plan["weights"])),
+        (f"{options.adapters} adapters of rank {options.rank}", f"{gb(plan['adapters'])} ({size(plan['adapter'])} each; pages of {device.page} ranks)"),
+        ("as merged models", gb(plan["merged"])),
+        ("room for K/V", f"{gb(plan['kv_room'])} = {plan['kv_tokens']} tokens = {plan['sequences']} sequences of {options.context}" if plan["kv_room"] > 0 else f"none: {gb(-plan['kv_room'])} too much"),
+        ("decode step, floor", f"{plan['floor_ms']:.2f} ms ({plan['bound']}), {plan['floor_tok_s']:.0f} tok/s; adapters leave {plan['lora_floor']:.3f} of base"),
+        ("decode step, expected", expected(plan)),
+    ):  # fmt: skip
+        table.add_row(name, text)
+    out.print(table)
+    if not plan["measured"]:
+        out.print("No step of this engine was timed on this device.")
+        return
+    timed = Table(
+        "timed on this device", "rows", "adapters", "floor ms", "expected", "measured", "error"
+    )
+    for row in plan["measured"]:
+        timed.add_row(
+            f"{row['shape']} ({row['source']})", str(row["rows"]), str(row["active"]),
+            f"{row['floor_ms']:.2f}", f"{row['expected_ms']:.2f}", f"{row['measured_ms']:.2f}",
+            f"{row['error']:+.0%}",
+        )  # fmt: skip
+    out.print(timed)
+
+
+def expected(plan: dict[str, Any]) -> str:
+    """The forecast, or why there is none."""
+    if not plan["measured"]:
+        return "no forecast: nothing was measured here"
+    return (
+        f"{plan['expected_ms']:.1f} ms, {plan['expected_tok_s']:.0f} tok/s "
+        f"(base steps reached {plan['reached']:.2f} of their floor)"
+    )
+
+
+def show_checked(rows: Sequence[dict[str, Any]], path: str) -> None:
+    """Computed beside measured."""
+    table = Table(
+        "case",
+        "rows",
+        "floor ms",
+        "ITL p50 ms",
+        "of floor",
+        "planned",
+        "RSS",
+        "beyond plan",
+        title=path,
+    )
+    for row in rows:
+        rss = row["rss"] or 0
+        table.add_row(
+            row["case"], str(row["rows"]), f"{row['floor_ms']:.1f}", f"{row['measured_ms']:.1f}",
+            f"{row['reached']:.2f}", size(row["planned"]), size(int(rss)), size(max(0, int(rss - row["planned"]))),
+        )  # fmt: skip
+    Console(width=None if sys.stdout.isatty() else 110).print(table)
+
+
+def gb(count: float) -> str:
+    """In 10^9 bytes, as cards are sold."""
+    return f"{count / 1e9:.2f} GB"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

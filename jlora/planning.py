@@ -1,0 +1,239 @@
+"""What a model with adapters takes and how fast a decode step can be, computed: memory, floor, forecast.
+
+The floor is physics: every weight, active rank page and cached token is read once a step, or every
+product is computed, whichever takes longer. The forecast is the floor divided by the share of it
+that this engine was measured to reach on the same device. No jax.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from jlora.models.config import PROJECTIONS, ModelConfig
+
+ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Device:
+    """One accelerator."""
+
+    name: str
+    memory: float
+    """Bytes."""
+    bandwidth: float
+    """Bytes per second that a kernel can read."""
+    flops: float
+    """Products and sums per second, in the type that it serves in."""
+    measured: bool
+    """Bandwidth and flops were measured by us; else they are the vendor's, which nothing reaches."""
+    page: int = 16
+    """Rank rows of a rank page."""
+    dtype: str = "bfloat16"
+    cpu: bool = False
+
+
+DEVICES = {
+    device.name: device
+    for device in (
+        Device(name="h100", memory=80e9, bandwidth=3.1e12, flops=790e12, measured=True),
+        Device(name="h200", memory=141e9, bandwidth=4.8e12, flops=989e12, measured=False),
+        Device(name="a100", memory=80e9, bandwidth=2.04e12, flops=312e12, measured=False),
+        Device(name="a100-40", memory=40e9, bandwidth=1.56e12, flops=312e12, measured=False),
+        Device(name="l40s", memory=48e9, bandwidth=0.864e12, flops=362e12, measured=False),
+        Device(name="a10g", memory=24e9, bandwidth=0.6e12, flops=70e12, measured=False),
+        # Two cores of a Xeon at 2.8 GHz: a matrix of 512 MB times 1 and 256 rows in XLA, float32.
+        Device(
+            name="cpu", memory=24e9, bandwidth=20.6e9, flops=91e9, measured=True, page=8,
+            dtype="float32", cpu=True,
+        ),
+    )
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parameters:
+    """Numbers of parameters."""
+
+    embedding: int
+    head: int
+    """0 if the embedding serves as one."""
+    layers: int
+    """Projections of all layers."""
+    rest: int
+    """Norms and biases."""
+
+    @property
+    def total(self) -> int:
+        return self.embedding + self.head + self.layers + self.rest
+
+
+def parameters(cfg: ModelConfig) -> Parameters:
+    """Of the base model."""
+    widths = [cfg.shape(projection) for projection in PROJECTIONS]
+    norms = 2 * cfg.embed + (2 * cfg.head_dim if cfg.qk_norm else 0)
+    qkv, rest = sum(out for _, out in widths[:3]), widths[3:]
+    biases = cfg.qkv_bias * qkv + cfg.o_bias * rest[0][1]
+    biases += cfg.mlp_bias * sum(out for _, out in rest[1:])
+    table = cfg.vocab * cfg.embed
+    return Parameters(
+        embedding=table,
+        head=0 if cfg.tied else table,
+        layers=cfg.layers * sum(a * b for a, b in widths),
+        rest=cfg.layers * (norms + biases) + cfg.embed,
+    )
+
+
+def adapter_parameters(
+    cfg: ModelConfig, rank: int, projections: Sequence[str] = PROJECTIONS
+) -> int:
+    """Of one adapter of that rank in all layers."""
+    return cfg.layers * rank * sum(sum(cfg.shape(projection)) for projection in projections)
+
+
+def kv_bytes_per_token(cfg: ModelConfig, itemsize: int) -> int:
+    """Keys and values of one token in all layers."""
+    return 2 * cfg.layers * cfg.kv_heads * cfg.head_dim * itemsize
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes on one device."""
+
+    weights: int
+    adapter: int
+    """One adapter's pages."""
+    adapters: int
+    """All rank pages, the padding page included."""
+    kv_token: int
+    room: int
+    """What is left for the K/V cache; negative if it does not fit."""
+    merged: int
+    """The same adapters as merged models, each a copy of the weights."""
+
+    @property
+    def kv_tokens(self) -> int:
+        return max(0, self.room // self.kv_token)
+
+
+def memory(
+    cfg: ModelConfig,
+    device: Device,
+    *,
+    adapters: int,
+    rank: int,
+    dtype: str,
+    utilization: float = 0.9,
+) -> Memory:
+    """How a device's memory is shared out. A CPU keeps a tied head as a second, transposed copy."""
+    size, count = ITEMSIZE[dtype], parameters(cfg)
+    copy = count.embedding if device.cpu and cfg.tied else 0
+    weights = (count.total + copy) * size
+    page = adapter_parameters(cfg, device.page) * size
+    adapter = -(-rank // device.page) * page
+    pages = adapters * adapter + page if adapters else 0
+    return Memory(
+        weights=weights,
+        adapter=adapter,
+        adapters=pages,
+        kv_token=kv_bytes_per_token(cfg, size),
+        room=int(device.memory * utilization) - weights - pages,
+        merged=max(1, adapters) * weights,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Floor:
+    """The least time of a decode step, in seconds, by what has to be done."""
+
+    weights: float
+    adapters: float
+    kv: float
+    compute: float
+
+    @property
+    def seconds(self) -> float:
+        """Reads happen one after the other, beside the computing."""
+        return max(self.weights + self.adapters + self.kv, self.compute)
+
+    @property
+    def bound(self) -> str:
+        """What it waits for."""
+        return "compute" if self.compute > self.weights + self.adapters + self.kv else "memory"
+
+
+def floor(
+    cfg: ModelConfig,
+    device: Device,
+    *,
+    rows: int,
+    context: float,
+    active: int,
+    rank: float,
+    dtype: str,
+) -> Floor:
+    """Of a step with `rows` sequences of `context` tokens and `active` different adapters of `rank`."""
+    size, count = ITEMSIZE[dtype], parameters(cfg)
+    # The embedding is a look-up; the head is read whole, tied or not.
+    read = count.layers + count.rest + count.embedding
+    adapter = adapter_parameters(cfg, 1) * rank
+    products = (count.layers + count.embedding + (adapter if active else 0)) * rows
+    attention = 2 * cfg.layers * cfg.heads * cfg.head_dim * context * rows
+    return Floor(
+        weights=read * size / device.bandwidth,
+        adapters=active * adapter * size / device.bandwidth,
+        kv=rows * context * kv_bytes_per_token(cfg, size) / device.bandwidth,
+        compute=2 * (products + attention) / device.flops,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """A decode step of this engine that was timed."""
+
+    device: str
+    shape: str
+    rows: int
+    context: int
+    active: int
+    rank: int
+    step: float
+    """Seconds."""
+    source: str
+
+
+_H100 = "experiments/LOG.md, dd1884d, before attention and sampling were sped up"
+MEASURED = (
+    Measured(
+        device="h100", shape="llama-3.1-8b", rows=32, context=160, active=0, rank=0, step=12.0e-3,
+        source=f"ITL p50; {_H100}",
+    ),
+    Measured(
+        device="h100", shape="llama-3.1-8b", rows=32, context=160, active=1, rank=16,
+        step=12.0e-3 * 2224 / 1985, source=f"from the ratio of tok/s; {_H100}",
+    ),
+    Measured(
+        device="h100", shape="llama-3.1-8b", rows=32, context=160, active=8, rank=16,
+        step=12.0e-3 * 2224 / 1881, source=f"from the ratio of tok/s; {_H100}",
+    ),
+)  # fmt: skip
+"""What forecasts stand on. Other devices have none: their forecast is the floor, and says so."""
+
+
+def reached(cfg_of: dict[str, ModelConfig], device: Device, points: Sequence[Measured]) -> float:
+    """The share of the floor that the device's step without adapters reaches; 1 if none was timed."""
+    base = [point for point in points if point.device == device.name and not point.active]
+    shares = [floor_of(cfg_of[point.shape], device, point).seconds / point.step for point in base]
+    return sum(shares) / len(shares) if shares else 1.0
+
+
+def floor_of(cfg: ModelConfig, device: Device, point: Measured) -> Floor:
+    """The floor of a step that was timed."""
+    return floor(
+        cfg,
+        device,
+        rows=point.rows,
+        context=point.context,
+        active=point.active,
+        rank=point.rank,
+        dtype=device.dtype,
+    )
