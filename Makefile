@@ -1,11 +1,13 @@
 # make serve [ARGS="--port 9000"]   set up, then serve the demo model and adapters
 # make test                         what CI runs: lint, types and every test
 # make setup | lint | bench [ARGS=...] | clean
+# make experiments-smoke            one tiny configuration of each experiment
+# make report                       experiments/report.html from the results that are there
 # PYTHON=... names another interpreter (3.11 or newer) for a new .venv.
 
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
-.PHONY: setup serve test lint bench clean test312
+.PHONY: setup serve test lint bench clean test312 experiments-smoke report
 
 PYTHON ?= python3
 ARGS ?=
@@ -41,6 +43,16 @@ lint: .venv/.test
 	  echo "pyright left out: the parity tests cannot be resolved without torch and peft"; \
 	fi
 
+# Into a folder that is deleted: the figures of a tiny random model mean nothing.
+experiments-smoke: .venv/.test
+	@out=$$(mktemp -d); trap 'rm -rf '$$out EXIT; \
+	for run in experiments/00[1-8]_*/run.py; do \
+	  PYTHONPATH=. $(PY) $$run --scale smoke --out $$out/$$(basename $$(dirname $$run)).jsonl || exit 1; \
+	done
+
+report: .venv/.test
+	PYTHONPATH=. $(PY) -m experiments.report
+
 test312:
 	@found=""; \
 	for candidate in "python3.12" "env PYENV_VERSION=3.12.1 python3.12"; do \
@@ -64,9 +76,9 @@ test312:
 .venv/.test: .venv/.setup
 	@set -e; if $(PY) -c 'import sys; sys.exit(sys.version_info >= (3, 12))'; then \
 	  $(PY) $(PINNED) torch==2.13.0; \
-	  $(PY) $(PINNED) -e '.[test,parity]'; \
+	  $(PY) $(PINNED) -e '.[test,parity,plots]'; \
 	else \
-	  $(PY) $(PINNED) -e '.[test]'; \
+	  $(PY) $(PINNED) -e '.[test,plots]'; \
 	fi
 	@touch $@
 

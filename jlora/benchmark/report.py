@@ -43,12 +43,13 @@ def print_table(rows: Sequence[dict[str, Any]], title: str) -> None:
         if last not in (None, row["load"]):
             table.add_section()
         last = row["load"]
-        table.add_row(*(_cell(key, row) for key in COLUMNS))
+        table.add_row(*(cell(key, row) for key in COLUMNS))
     # A pipe has no width; 80 columns would fold the headings.
     Console(width=None if sys.stdout.isatty() else 120).print(table)
 
 
-def _cell(key: str, row: dict[str, Any]) -> str:
+def cell(key: str, row: dict[str, Any]) -> str:
+    """A result under one of `COLUMNS`, as text."""
     if key == "spread":
         return spread(row["tok_s_rounds"])
     if key in ("adapters", "popularity") and row["adapters"] < (1 if key == "adapters" else 2):

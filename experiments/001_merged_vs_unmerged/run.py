@@ -1,0 +1,31 @@
+"""Merge or not? S-LoRA's ablation: 1, 2 and 5 adapters, merged (in turns) against unmerged."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from experiments.common import Experiment, Group, error_bars
+
+
+def plot(figure: Any, groups: list[Group]) -> None:
+    """Speed over base by the number of adapters."""
+    axes = figure.subplots()
+    for system in ("merged", "unmerged"):
+        rows = groups[-1].of(system)
+        middle, spread = error_bars(rows)
+        axes.errorbar(
+            [row["adapters"] for row in rows], middle, spread, label=system, marker="o", capsize=3
+        )
+    for row in groups[-1].of("compiled"):
+        axes.axhline(
+            row["ratio_to_base"], color="#999999", linestyle=":", label="LoRA compiled in, unused"
+        )
+    axes.axhline(1, color="#999999", linewidth=0.8)
+    axes.set_xlabel("adapters that requests ask for")
+    axes.set_ylabel("tok/s over base, same round")
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False)
+
+
+if __name__ == "__main__":
+    sys.exit(Experiment(folder=Path(__file__).parent, plot=plot).main())

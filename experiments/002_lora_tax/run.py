@@ -1,0 +1,25 @@
+"""What LoRA costs: no adapter, one, several in a batch, and switching with nearly every request."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from experiments.common import Experiment, Group, plot_ratios
+
+
+def plot(figure: Any, groups: list[Group]) -> None:
+    """Speed over base and the time between tokens."""
+    group = groups[-1]
+    room = group.session["workload"]["room"]
+    rows = [*group.of("base"), *group.of("unmerged")]
+    labels = [
+        "none"
+        if not row["adapters"]
+        else f"{row['adapters']}{' (churn)' if row['adapters'] > room else ''}"
+        for row in rows
+    ]
+    plot_ratios(figure, rows, labels, "adapters in turn")
+
+
+if __name__ == "__main__":
+    sys.exit(Experiment(folder=Path(__file__).parent, plot=plot).main())

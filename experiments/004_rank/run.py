@@ -1,0 +1,30 @@
+"""What a rank costs, and what rank pages save where ranks are mixed."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from experiments.common import Experiment, Group, plot_ratios
+
+
+def padding(ranks: str, adapters: int, page: int) -> tuple[int, int, int]:
+    """Rank rows of the adapters: their own, in pages, and padded to the largest."""
+    every = [int(rank) for rank in ranks.split(",")]
+    own = [every[i % len(every)] for i in range(adapters)]
+    return sum(own), sum(-(-rank // page) * page for rank in own), max(own) * len(own)
+
+
+def plot(figure: Any, groups: list[Group]) -> None:
+    """Speed over base by ranks, with the rank rows that a step reads."""
+    group = groups[-1]
+    rows = group.of("unmerged")
+    page = group.session["plan"]["adapter_page_rows"]
+    labels = []
+    for row in rows:
+        _, paged, padded = padding(row["ranks"], row["adapters"], page)
+        labels.append(f"{row['ranks']}\n{paged} rows\n({padded} padded)")
+    plot_ratios(figure, rows, labels, f"{rows[0]['adapters']} adapters of these ranks")
+
+
+if __name__ == "__main__":
+    sys.exit(Experiment(folder=Path(__file__).parent, plot=plot).main())

@@ -1,0 +1,19 @@
+"""Does it matter who is asked for? Punica's popularities: identical, distinct, uniform, zipf."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from experiments.common import Experiment, Group, plot_ratios
+
+
+def plot(figure: Any, groups: list[Group]) -> None:
+    """Speed over base by popularity."""
+    rows = groups[-1].of("unmerged")
+    plot_ratios(
+        figure, rows, [row["popularity"] for row in rows], f"{rows[0]['adapters']} adapters"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(Experiment(folder=Path(__file__).parent, plot=plot).main())

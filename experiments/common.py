@@ -1,0 +1,165 @@
+"""What the experiments share: `Experiment.main` runs `jlora.bench` with the configs of a scale, one
+process each, into results/SCALE.jsonl, then prints the table and draws the plot.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jlora.benchmark.report import print_table
+from jlora.benchmark.results import measurement, read_lines
+from jlora.benchmark.rounds import summarise
+
+ROOT = Path(__file__).parent.parent
+SCALES = ("smoke", "cpu", "h100", "h200x2")
+MORE_LEFT = 75
+"""Exit status of a run that --stop-after cut."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """The results of one process's settings."""
+
+    session: dict[str, Any]
+    """Versions, commit, command, device, memory plan, all options (`workload`)."""
+    rows: list[dict[str, Any]]
+    """Medians by load and case."""
+    commits: tuple[str, ...]
+    """Of all sessions that measured; several if the code changed between them."""
+
+    def of(self, system: str) -> list[dict[str, Any]]:
+        """The rows of a system."""
+        return [row for row in self.rows if row["system"] == system]
+
+
+def read_groups(path: Path) -> list[Group]:
+    """The results of a file by settings, in the order in which they were first measured."""
+    lines = read_lines(path) if path.exists() else []
+    groups = []
+    for settings in dict.fromkeys(line["settings"] for line in lines):
+        here = [line for line in lines if line["settings"] == settings]
+        sessions = [line for line in here if line["kind"] == "session"]
+        runs = [measurement(line) for line in here if line["kind"] == "run"]
+        if sessions and runs:
+            commits = tuple(dict.fromkeys(str(line["commit"]) for line in sessions))
+            groups.append(Group(session=sessions[-1], rows=summarise(runs), commits=commits))
+    return groups
+
+
+Plot = Callable[[Any, list[Group]], None]
+"""Draws results on a matplotlib figure."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """One folder."""
+
+    folder: Path
+    plot: Plot | None = None
+    variants: Sequence[Sequence[str]] = ((),)
+    """More flags for each process, of which there is one for each."""
+    before: Callable[[str, Path], int] | None = None
+    """Something of its own, given the scale and the results file; gives an exit status."""
+
+    def config(self, scale: str) -> Path:
+        """The recipe of a scale."""
+        return ROOT / "configs" / "bench" / scale / f"{self.folder.name}.toml"
+
+    def results(self, scale: str) -> Path:
+        """The raw results of a scale."""
+        return self.folder / "results" / f"{scale}.jsonl"
+
+    def main(self) -> int:
+        """Run what the command line asks for."""
+        parser = argparse.ArgumentParser(description=f"{self.folder.name}: see its README")
+        parser.add_argument("--scale", choices=SCALES, default="cpu")
+        parser.add_argument("--out", type=Path, help="results file, if not results/SCALE.jsonl")
+        parser.add_argument(
+            "--stop-after", type=float, help="seconds; exit 75, and the next call goes on"
+        )
+        parser.add_argument("--show", action="store_true", help="run nothing, print and plot")
+        args = parser.parse_args()
+        out = args.out or self.results(args.scale)
+        status = 0
+        if not args.show:
+            status = self._run(args.scale, out, args.stop_after)
+        self.show(out)
+        return status
+
+    def _run(self, scale: str, out: Path, stop_after: float | None) -> int:
+        if self.before is not None and (status := self.before(scale, out)):
+            return status
+        if not self.config(scale).exists():
+            return 0
+        for flags in self.variants:
+            command = [sys.executable, "-m", "jlora.bench", "--config", str(self.config(scale))]
+            command += ["--out", str(out), *flags]
+            if stop_after is not None:
+                command += ["--stop-after", str(stop_after)]
+            if status := run(command):
+                return status
+        return 0
+
+    def show(self, out: Path) -> None:
+        """Tables on stdout and the plot beside the results."""
+        groups = read_groups(out)
+        for group in groups:
+            print_table(group.rows, f"{self.folder.name}, {group.session['model']}")
+        if groups and self.plot is not None:
+            draw(self.plot, groups, out.with_suffix(".svg"))
+
+
+def run(command: Sequence[str]) -> int:
+    """A child process from the repository's root; gives its exit status."""
+    print("+", *command, flush=True)
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL).returncode
+
+
+def draw(plot: Plot, groups: list[Group], path: Path) -> None:
+    """One figure as SVG; without matplotlib (an optional extra) a line that says so."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print("no plot: pip install -e '.[plots]' brings matplotlib", file=sys.stderr)
+        return
+    import matplotlib as mpl
+
+    mpl.rcParams |= {"svg.hashsalt": path.stem, "svg.fonttype": "none", "font.size": 9}
+    figure = Figure(figsize=(7.2, 3.2), layout="constrained")
+    plot(figure, groups)
+    figure.savefig(path, metadata={"Date": None})
+
+
+def error_bars(rows: Sequence[dict[str, Any]], key: str = "ratio") -> tuple[list, list]:
+    """(medians, [below, above]) of `ratio_rounds` or `tok_s_rounds`, for matplotlib."""
+    every = [row[f"{key}_rounds"] or [0.0] for row in rows]
+    middle = [sorted(values)[len(values) // 2] for values in every]
+    below = [m - min(values) for m, values in zip(middle, every, strict=True)]
+    above = [max(values) - m for m, values in zip(middle, every, strict=True)]
+    return middle, [below, above]
+
+
+def plot_ratios(
+    figure: Any, rows: Sequence[dict[str, Any]], labels: Sequence[str], title: str
+) -> None:
+    """Bars of speed over base with the range of the rounds; and the time between tokens."""
+    left, right = figure.subplots(1, 2)
+    middle, spread = error_bars(rows)
+    left.bar(labels, middle, yerr=spread, color="#4477aa", ecolor="#333333", capsize=3)
+    left.axhline(1, color="#999999", linewidth=0.8)
+    left.set_ylabel("tok/s over base, same round")
+    left.set_title(title, fontsize=9)
+    for key, style in (("itl_p50", "o-"), ("itl_p99", "o--")):
+        right.plot(labels, [row[key] for row in rows], style, label=key.replace("_", " "))
+    right.set_ylabel("ms between tokens")
+    right.set_ylim(bottom=0)
+    right.legend(frameon=False)
+    for axes in (left, right):
+        axes.tick_params(axis="x", rotation=25)
+        axes.spines[["top", "right"]].set_visible(False)
