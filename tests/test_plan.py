@@ -1,0 +1,167 @@
+"""`python -m jlora.plan`: counts are transformers' and the pool's own, the floor is what reads and
+products allow, and errors against measured runs are shown.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jlora import plan
+from jlora.adapters.pool import page_bytes
+from jlora.benchmark.load import Run
+from jlora.benchmark.results import Results
+from jlora.benchmark.rounds import Case, Measurement
+from jlora.benchmark.shapes import SHAPES, shape_config, write_shape
+from jlora.models.config import ModelConfig
+from jlora.planning import DEVICES, MEASURED, adapter_parameters, floor, memory, parameters
+from jlora.sharding import Layout
+from jlora.tokenizer import Tokenizer
+from tests import tiny
+
+PUBLISHED = {
+    "smollm2-135m": 134_515_008,
+    "llama-3.2-1b": 1_235_814_400,
+    "llama-2-7b": 6_738_415_616,
+    "mistral-7b": 7_241_732_096,
+    "llama-3.1-8b": 8_030_261_248,
+    "qwen3-8b": 8_190_735_360,
+    "llama-3.1-70b": 70_553_706_496,
+}
+"""As counted in the published checkpoints."""
+
+
+@pytest.mark.parametrize("shape", PUBLISHED)
+def test_shapes_have_the_published_number_of_parameters(shape: str):
+    assert parameters(shape_config(shape)).total == PUBLISHED[shape]
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_parameters_are_those_of_the_checkpoint(tiny_model: Callable[..., Path], family: str):
+    safetensors = pytest.importorskip("safetensors.numpy")
+    folder = tiny_model(family)
+    count = parameters(ModelConfig.from_folder(folder)).total
+    files = [safetensors.load_file(path) for path in folder.glob("*.safetensors")]
+    assert count == sum(tensor.size for file in files for tensor in file.values())
+
+
+@pytest.mark.parametrize("shape", [name for name in SHAPES if name != "llama-3.1-70b"])
+@pytest.mark.parametrize("rank", [4, 16, 24])
+def test_an_adapters_bytes_are_those_of_its_rank_pages(shape: str, rank: int):
+    cfg = shape_config(shape)
+    for device in (DEVICES["h100"], DEVICES["cpu"]):
+        pages = -(-rank // device.page)
+        each = page_bytes(Layout(cfg, 1), np.dtype(np.float32), device.page)
+        got = memory(cfg, device, adapters=10, rank=rank, dtype="float32")
+        assert got.adapter == pages * each
+        assert got.adapters == (10 * pages + 1) * each  # and the padding page
+    assert adapter_parameters(cfg, rank) * 4 * device.page == rank * each
+
+
+def test_memory_adds_up_and_says_when_it_does_not_fit():
+    cfg, h100 = shape_config("llama-3.1-8b"), DEVICES["h100"]
+    got = memory(cfg, h100, adapters=100, rank=16, dtype="bfloat16")
+    assert got.weights == 2 * PUBLISHED["llama-3.1-8b"]
+    assert got.weights + got.adapters + got.room == int(80e9 * 0.9)
+    assert got.kv_token == 2 * 32 * 8 * 128 * 2
+    assert got.merged == 100 * got.weights
+    huge = memory(shape_config("llama-3.1-70b"), h100, adapters=0, rank=1, dtype="bfloat16")
+    assert huge.room < 0
+    assert huge.kv_tokens == 0
+
+
+def test_the_floor_is_reads_over_bandwidth_or_products_over_speed():
+    cfg, h100 = shape_config("llama-3.1-8b"), DEVICES["h100"]
+
+    def at(rows: int, active: int = 0) -> float:
+        return floor(
+            cfg, h100, rows=rows, context=160, active=active, rank=16, dtype="bfloat16"
+        ).seconds
+
+    # 15.0 GB of weights and head at 3.1 TB/s, and 32 x 160 tokens of 128 KiB.
+    assert at(32) == pytest.approx((15.01e9 + 32 * 160 * 131072) / 3.1e12, rel=0.002)
+    assert at(32, 32) - at(32) == pytest.approx(32 * 32 * 2.62e6 / 3.1e12, rel=0.01)
+    few, many = (
+        floor(cfg, h100, rows=rows, context=160, active=0, rank=1, dtype="bfloat16")
+        for rows in (1, 4096)
+    )
+    assert few.bound == "memory"
+    assert many.bound == "compute"
+    assert many.seconds == pytest.approx(4096 * 2 * 7.5e9 / 790e12, rel=0.02)
+
+
+def test_measured_steps_are_shown_with_the_forecasts_error(capsys: pytest.CaptureFixture[str]):
+    assert plan.main(["--device", "h100", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    rows = document["measured"]
+    assert len(rows) == sum(point.device == "h100" for point in MEASURED)
+    for row in rows:
+        assert row["error"] == pytest.approx(row["expected_ms"] / row["measured_ms"] - 1)
+        assert row["floor_ms"] < row["measured_ms"]
+    assert rows[0]["error"] == pytest.approx(0)  # what the forecast is scaled by
+    assert any(abs(row["error"]) > 0.01 for row in rows[1:])
+    assert document["expected_tok_s"] == pytest.approx(
+        document["floor_tok_s"] * document["reached"]
+    )
+
+
+def test_a_device_that_nothing_was_measured_on_gets_no_forecast(
+    capsys: pytest.CaptureFixture[str],
+):
+    assert plan.main(["--device", "a100", "--adapters", "10"]) == 0
+    out = capsys.readouterr().out
+    assert "no forecast" in out
+    assert "16.06 GB" in out
+
+
+def test_results_are_checked_against_the_floor(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    options = {"shape": "smollm2-135m", "model": None, "arrivals": "closed"}
+    options |= {"random_input_len": 64, "random_output_len": 32}
+    results = Results(str(tmp_path / "r.jsonl"), options)
+    sizes = dict.fromkeys(("weights", "adapter_pages", "adapter_copies", "kv_pages"), 10**8)
+    device = {"platform": "cpu"}
+    results.open_session({"workload": options, "plan": sizes, "device": device, "commit": "c"})
+    run = dict.fromkeys(Run.__dataclass_fields__, 1.0) | {"itl_p50": 100.0}
+    for case in (Case(system="base"), Case(system="unmerged", adapters=4, ranks="8,16")):
+        one = Measurement(round=0, load=8, case=case, run=Run(**run), seen={"rss": 5e8})
+        results.add(one)
+    folder = str(write_shape("tiny", tmp_path))
+    assert plan.main(["--model", folder, "--check", str(tmp_path / "r.jsonl"), "--json"]) == 0
+    base, lora = json.loads(capsys.readouterr().out)["checked"]
+    assert base["planned"] == 4e8
+    assert base["rss"] == 5e8
+    # 538 MB of float32 and 8 x 80 cached tokens at 20.6 GB/s
+    assert base["floor_ms"] == pytest.approx(27.5, rel=0.02)
+    assert base["reached"] == pytest.approx(0.275, rel=0.02)
+    assert lora["floor_ms"] > base["floor_ms"] * 1.05
+
+
+def test_a_shapes_folder_is_a_model(tmp_path: Path):
+    for name in ("tiny", "llama-3.1-8b", "qwen3-8b"):
+        folder = write_shape(name, tmp_path)
+        assert ModelConfig.from_folder(folder) == shape_config(name)
+        tokenizer = Tokenizer.from_folder(folder)
+        assert tokenizer.backend.decode(tokenizer.encode("naïve 日本")) == "naïve 日本"
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["--device", "abacus"], "h200"),
+        (["--model", "gpt-9"], "llama-3.1-8b"),
+        (["--rank", "0"], "rank"),
+        (["--adapters", "-1"], "adapters"),
+        (["--utilization", "2"], "utilization"),
+        (["--bandwidth-gb", "0"], "bandwidth_gb"),
+    ],
+)
+def test_a_users_mistake_is_one_line(argv: list[str], says: str, capsys: pytest.CaptureFixture):
+    with pytest.raises(SystemExit) as stop:
+        plan.main(argv)
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("jlora.plan: error: ")
+    assert error.count("\n") == 1
+    assert says in error
