@@ -70,7 +70,7 @@ class Parameters:
 def parameters(cfg: ModelConfig) -> Parameters:
     """Of the base model."""
     widths = [cfg.shape(projection) for projection in PROJECTIONS]
-    norms = 2 * cfg.embed + (2 * cfg.head_dim if cfg.qk_norm else 0)
+    norms = (4 if cfg.post_norms else 2) * cfg.embed + (2 * cfg.head_dim if cfg.qk_norm else 0)
     qkv, rest = sum(out for _, out in widths[:3]), widths[3:]
     biases = cfg.qkv_bias * qkv + cfg.o_bias * rest[0][1]
     biases += cfg.mlp_bias * sum(out for _, out in rest[1:])

@@ -214,6 +214,7 @@ def test_every_model_is_warm_before_anything_is_measured():
     load = Workload(input_len=4, output_len=4, vocab=9)
     done = asyncio.run(collect(subject, load, schedule))
     models = [model for model, _ in subject.fake.seen]
+    # The first of all with as many clients as are measured, the others one by one.
     assert models == [*"bb", *"bbbb", *"xyx", *"xyxy", *"xyxy", *"bbbb"]
     assert subject.cases == [case.label for case in (*cases, *reversed(cases))]
     assert [one.seen for one in done] == [{"sent": 4, "rss": 5}] * 4

@@ -73,9 +73,7 @@ ALLOWED = {
 }
 """Package or module -> prefixes of what it may import of this repository. The longest key counts."""
 
-COMMANDS = {
-    f"jlora.{name}" for name in ("serve", "generate", "bench", "merge", "inspect", "plan")
-}
+COMMANDS = {f"jlora.{name}" for name in ("serve", "generate", "bench", "merge", "inspect", "plan")}
 """`python -m` modules: they may import anything, nobody imports them."""
 
 

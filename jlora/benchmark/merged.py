@@ -50,7 +50,12 @@ class InPlaceMerge:
     def prepare(self, name: str, path: str) -> None:
         """Reads an adapter, once, so that `switch` can take it."""
         if name not in self._staged:
-            self._staged[name] = self._runner.rank_pages.stage(read_adapter(path, self._cfg))
+            adapter = read_adapter(path, self._cfg)
+            if adapter.support != "plain":
+                raise ParameterError(
+                    f"systems: merged in place adds A and B only, {path} changes more"
+                )
+            self._staged[name] = self._runner.rank_pages.stage(adapter)
 
     def switch(self, name: str | None) -> None:
         """From the adapter that is merged to another one; None: to the base model. No step may run."""

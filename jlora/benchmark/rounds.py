@@ -5,11 +5,10 @@ and what is reported are medians over the rounds.
 import statistics
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import asdict, dataclass, field, fields
-from itertools import islice
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, Protocol
 
-from jlora.benchmark.load import Job, Run, Target, closed_loop, open_loop, time_request
+from jlora.benchmark.load import Job, Run, Target, closed_loop, open_loop
 from jlora.benchmark.workload import Popularity, Workload
 
 System = Literal["base", "compiled", "merged", "unmerged"]
@@ -83,6 +82,10 @@ class Schedule:
     duration: float | None = None
     """Seconds in which requests are sent."""
 
+    def clients(self, load: float) -> int:
+        """Requests at once that make a first batch of the usual size."""
+        return int(load) if self.closed else 1
+
     def count(self, load: float) -> int | None:
         """Requests of one run; None: as many as its duration holds."""
         if self.num_prompts or self.duration:
@@ -125,13 +128,15 @@ async def measure(
     on_request: Callable[[], None] = lambda: None,
 ) -> AsyncIterator[Measurement]:
     """Runs the schedule but for the keys of `skip`; every case is warmed up before its first run."""
-    warm: set[str] = set()
+    warm: set[str] = set()  # labels; nothing has run at all while it is empty
     for number, load, case in schedule.steps():
         if key(number, load, case) in skip:
             continue
         async with subject.target(case) as target:
             if case.label not in warm:
-                await _warm_up(target, workload, case)
+                await _warm_up(
+                    target, workload, case, clients=1 if warm else schedule.clients(load)
+                )
                 warm.add(case.label)
             before = subject.counters()
             run = await _run(target, workload, schedule, number, load, case, on_request)
@@ -154,12 +159,16 @@ def jobs(workload: Workload, number: int, load: float, case: Case) -> Iterator[J
         yield case.models[request.adapter or 0], request
 
 
-async def _warm_up(target: Target, workload: Workload, case: Case) -> None:
+async def _warm_up(target: Target, workload: Workload, case: Case, *, clients: int) -> None:
     # The first one twice: merged must have switched from the last one back to it.
-    names = case.models[:WARM_MODELS]
-    drawn = workload.requests("warm", case=case.label)
-    for name, request in zip([*names, names[0]], islice(drawn, len(names) + 1), strict=True):
-        await time_request(target, name, request.prompt, min(WARM_TOKENS, request.output_len))
+    names = [*case.models[:WARM_MODELS], case.models[0]]
+    names += names[:1] * (clients - len(names))
+    drawn = zip(names, workload.requests("warm", case=case.label), strict=False)
+    short = (
+        (name, replace(request, output_len=min(WARM_TOKENS, request.output_len)))
+        for name, request in drawn
+    )
+    await closed_loop(target, short, clients=clients, count=len(names))
 
 
 async def _run(
