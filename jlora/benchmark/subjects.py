@@ -1,5 +1,6 @@
 """What is measured: an engine in this process, as each system of a comparison, or a server."""
 
+import os
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -92,6 +93,7 @@ class EngineSubject:
             **{f"found_on_{tier}": count for tier, count in store.hits.items()},
             **{f"evicted_from_{tier}": count for tier, count in store.evictions.items()},
             "preemptions": self._llm.engine.stats().preemptions,
+            **cpu_seconds(),
             "switches": self._merge.switches if self._merge else 0,
             "switch_seconds": round(self._merge.seconds, 3) if self._merge else 0,
         }
@@ -104,6 +106,19 @@ class EngineSubject:
             "adapters_host_bytes": store.host_bytes,
             "rank_pages_used": store.device_pages,
         }
+
+
+def cpu_seconds() -> dict[str, float]:
+    """Seconds that all cores together have worked, for anybody and for this process; Linux only.
+
+    Their difference is what others took: a measurement in which that is much is disturbed."""
+    own = time.process_time()
+    try:
+        ticks = [int(text) for text in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]]
+    except OSError:
+        return {"cpu_own": own}
+    busy = sum(ticks[:3]) + sum(ticks[5:8])  # without idle and waiting for disks; with steal
+    return {"cpu_own": round(own, 2), "cpu_all": busy / os.sysconf("SC_CLK_TCK")}
 
 
 def process_memory() -> dict[str, float]:
