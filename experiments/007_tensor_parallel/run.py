@@ -33,7 +33,7 @@ def score(mesh: int, scale: str) -> None:
     with tempfile.TemporaryDirectory() as root:
         if scale == "smoke":
             made = write_random_adapters(f"{root}/adapters", shape_config("tiny"), [8, 24])
-            small |= {"model": str(write_shape("tiny", root)), "load_format": "dummy"}
+            small |= {"model": str(random_checkpoint(write_shape("tiny", root)))}
             small |= {"lora_modules": tuple(f"{name}={path}" for name, path in made.items())}
         llm = LLM.load(ModelOptions(mesh=mesh, max_loras=1, dtype="float32", **small))
         with llm:
@@ -48,6 +48,27 @@ def score(mesh: int, scale: str) -> None:
                 scores = stream.choices[0].prompt_logprobs or []
                 found[name] = [entry.logprob for entry in scores if entry is not None]
     print(json.dumps(found))
+
+
+def random_checkpoint(folder: Path) -> Path:
+    """Weights for a folder without any. Not --load-format dummy, which draws by shard."""
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    from jlora.models.config import ModelConfig
+    from jlora.models.weights import sources, tensor_shapes
+    from jlora.sharding import Layout
+
+    cfg, rng = ModelConfig.from_folder(folder), np.random.default_rng(0)
+    shapes = tensor_shapes(cfg, sources(cfg, Layout(cfg, 1)))
+    tensors = {
+        name: np.ones(shape, np.float32)
+        if len(shape) == 1
+        else (rng.standard_normal(shape) * shape[-1] ** -0.5).astype(np.float32)
+        for name, shape in shapes.items()
+    }
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
 
 
 def agree(scale: str, out: Path) -> int:
