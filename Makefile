@@ -46,8 +46,9 @@ lint: .venv/.test
 # Into a folder that is deleted: the figures of a tiny random model mean nothing.
 experiments-smoke: .venv/.test
 	@out=$$(mktemp -d); trap 'rm -rf '$$out EXIT; \
-	for run in experiments/00[1-8]_*/run.py; do \
-	  PYTHONPATH=. $(PY) $$run --scale smoke --out $$out/$$(basename $$(dirname $$run)).jsonl || exit 1; \
+	for recipe in configs/bench/smoke/*.toml; do \
+	  name=$$(basename $$recipe .toml); \
+	  PYTHONPATH=. $(PY) experiments/$$name/run.py --scale smoke --out $$out/$$name.jsonl || exit 1; \
 	done
 
 report: .venv/.test
