@@ -5,6 +5,7 @@ products allow, and errors against measured runs are shown.
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -123,7 +124,7 @@ def test_results_are_checked_against_the_floor(tmp_path: Path, capsys: pytest.Ca
     sizes = dict.fromkeys(("weights", "adapter_pages", "adapter_copies", "kv_pages"), 10**8)
     device = {"platform": "cpu"}
     results.open_session({"workload": options, "plan": sizes, "device": device, "commit": "c"})
-    run = dict.fromkeys(Run.__dataclass_fields__, 1.0) | {"itl_p50": 100.0}
+    run: dict[str, Any] = dict.fromkeys(Run.__dataclass_fields__, 1.0) | {"itl_p50": 100.0}
     for case in (Case(system="base"), Case(system="unmerged", adapters=4, ranks="8,16")):
         one = Measurement(round=0, load=8, case=case, run=Run(**run), seen={"rss": 5e8})
         results.add(one)
