@@ -206,17 +206,12 @@ def check(path: Path) -> list[dict[str, Any]]:
     found = []
     for settings, session in sessions.items():
         runs = [line for line in lines if line["kind"] == "run" and line["settings"] == settings]
-        device = DEVICES.get(
-            "cpu" if (session.get("device") or {}).get("platform") == "cpu" else "h100"
-        )
+        kind = str((session.get("device") or {}).get("kind")).lower()
+        device = next((known for known in DEVICES.values() if known.name in kind), None)
         if not runs or not session.get("plan") or device is None:
             continue
         work = session["workload"]
-        cfg = (
-            config_of(work["shape"] or "smollm2-135m")
-            if not work["model"]
-            else config_of(work["model"])
-        )
+        cfg = config_of(work["model"] or work["shape"] or "smollm2-135m")
         context = work["random_input_len"] + work["random_output_len"] / 2
         for row in summarise([measurement(line) for line in runs]):
             if row["system"] not in ("base", "unmerged") or work["arrivals"] != "closed":

@@ -122,7 +122,7 @@ def test_results_are_checked_against_the_floor(tmp_path: Path, capsys: pytest.Ca
     options |= {"random_input_len": 64, "random_output_len": 32}
     results = Results(str(tmp_path / "r.jsonl"), options)
     sizes = dict.fromkeys(("weights", "adapter_pages", "adapter_copies", "kv_pages"), 10**8)
-    device = {"platform": "cpu"}
+    device = {"kind": "cpu"}
     results.open_session({"workload": options, "plan": sizes, "device": device, "commit": "c"})
     run: dict[str, Any] = dict.fromkeys(Run.__dataclass_fields__, 1.0) | {"itl_p50": 100.0}
     for case in (Case(system="base"), Case(system="unmerged", adapters=4, ranks="8,16")):
