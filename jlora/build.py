@@ -24,6 +24,7 @@ from jlora.engine.config import EngineConfig, buckets
 from jlora.engine.engine import Engine
 from jlora.engine.runner import Runner
 from jlora.errors import ParameterError
+from jlora.in_place import InPlace
 from jlora.models.base import BaseWeights
 from jlora.models.config import ModelConfig
 from jlora.models.decoder import Decoder
@@ -114,6 +115,12 @@ def build_engine(options: ModelOptions, *, progress: Progress | None = None) -> 
     entries = _load_adapters(options, store)  # before compiling: a bad path is told at once
     runner.warm_up(shapes, lambda done, total: tell("compiling steps", done, total))
     _place(entries, store, rank_pages)
+    in_place = InPlace(engine, runner.programs, layout, rank_pages, store)
+    if options.merge is not None:
+        entry = store.resolve(options.merge, names)
+        if entry is None:
+            raise ParameterError(f"--merge {options.merge} names the base model", "merge")
+        in_place.merge(entry)
     engine.start()
     return Parts(
         engine=engine,
@@ -122,6 +129,7 @@ def build_engine(options: ModelOptions, *, progress: Progress | None = None) -> 
         names=names,
         path=str(folder),
         vocab=cfg.vocab,
+        in_place=in_place,
         plan=MemoryPlan(
             weights=runner.weight_bytes // options.mesh,
             adapter_pages=rank_pages.nbytes,

@@ -5,6 +5,7 @@ JloraError (ValueError)
 ├── ModelError          a base checkpoint cannot be served as it is             -> exit with one line
 ├── AdapterError        an adapter folder is broken or holds what we refuse     -> HTTP 400
 │   └── AdapterNotFound the folder is not there                                 -> HTTP 404
+├── ConflictError       it cannot be done in the state that things are in       -> HTTP 409
 └── UnknownModelError   no served model or adapter has this name                -> HTTP 404
 
 The message is one line that says what was wrong, what was got and what would be right.
@@ -33,6 +34,10 @@ class AdapterError(JloraError):
 
 class AdapterNotFound(AdapterError):
     """There is no adapter at the path that was given."""
+
+
+class ConflictError(JloraError):
+    """The state of things forbids it: another adapter is merged into the base, for instance."""
 
 
 class UnknownModelError(JloraError):

@@ -13,10 +13,10 @@ from typing import Any
 from jlora.adapters.store import AdapterEntry
 from jlora.engine.params import SamplingParams
 from jlora.engine.sequence import Event, TokenLogprobs
-from jlora.errors import ParameterError
+from jlora.errors import ParameterError, UnknownModelError
 from jlora.options import ModelOptions
 from jlora.outputs import CompletionOutput, Logprob, LoRARequest, RequestOutput
-from jlora.parts import Parts, Progress
+from jlora.parts import InPlaceLike, Parts, Progress
 from jlora.stream import Choice, Stream, Waker
 
 Prompt = str | Sequence[int] | dict[str, Any]
@@ -80,6 +80,26 @@ class LLM:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def merge_in_place(self, name: str) -> None:
+        """Merge an adapter into the weights: it costs nothing, and nothing else is served meanwhile.
+
+        Running requests end first. UnknownModelError, ConflictError, AdapterError otherwise."""
+        self._in_place().merge(self._named(name))
+
+    def unmerge_in_place(self, name: str) -> None:
+        """Take a merged adapter out again: the base's weights come back bit for bit."""
+        self._in_place().unmerge(self._named(name))
+
+    def _named(self, name: str) -> AdapterEntry:
+        entry = self.store.resolve(name, self.names)
+        if entry is None:
+            raise UnknownModelError(f"The model `{name}` is the base, not an adapter.")
+        return entry
+
+    def _in_place(self) -> InPlaceLike:
+        assert self.parts.in_place is not None, "this engine cannot merge in place"
+        return self.parts.in_place
 
     def resolve(self, model: str | None) -> AdapterEntry | None:
         """The adapter that a model name means; None is the base model."""

@@ -122,6 +122,9 @@ class ModelOptions:
     lora_memory: str | None = None
     """Memory for adapters on each device, e.g. 512MiB, or 32pages (of 16 rank rows on a GPU, 8 on a CPU). Default: room for max_loras adapters of rank 64."""
 
+    merge: str | None = None
+    """Serve this adapter of lora_modules merged into the weights, at no cost; nothing else is served until it is unmerged."""
+
     lora_support: Literal["auto", "plain", "vectors", "full"] = "auto"
     """What adapters may change: plain: the projections of layers; vectors: also by DoRA and biases; full: embed_tokens and lm_head too. Every step with adapters pays for it. auto: the least that lora_modules need."""
 

@@ -34,6 +34,9 @@ class EngineLike(Protocol):
 
     def stats(self) -> Any: ...
 
+    @property
+    def merged(self) -> AdapterEntry | None: ...
+
     def shutdown(self, timeout: float) -> None: ...
 
     @property
@@ -41,6 +44,14 @@ class EngineLike(Protocol):
 
     @property
     def failure(self) -> str | None: ...
+
+
+class InPlaceLike(Protocol):
+    """What `LLM` needs of `jlora.in_place.InPlace`."""
+
+    def merge(self, entry: AdapterEntry) -> None: ...
+
+    def unmerge(self, entry: AdapterEntry) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,4 +85,6 @@ class Parts:
     path: str
     vocab: int
     """Token ids that the model can take."""
+    in_place: InPlaceLike | None = None
+    """Merges an adapter into the weights and takes it out again."""
     plan: MemoryPlan | None = None

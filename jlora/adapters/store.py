@@ -139,6 +139,10 @@ class AdapterStore(Generic[S]):
             record.note()
         return entry
 
+    def read(self, entry: AdapterEntry) -> S:
+        """The staged adapter anew from its folder, in the caller's thread; no tier changes."""
+        return self._reader.fetch(entry.path, entry.mix)[0]
+
     def unload(self, name: str) -> Drain:
         """The name is gone at once. The Drain is done when no request uses the adapter any more
         and its memory is freed."""

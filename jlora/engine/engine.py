@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +23,7 @@ from jlora.engine.params import SamplingParams
 from jlora.engine.runner import Pending, Result, Runner
 from jlora.engine.scheduler import Plan, Scheduler
 from jlora.engine.sequence import Event, Sequence, TokenLogprobs
-from jlora.errors import JloraError
+from jlora.errors import ConflictError, JloraError
 from jlora.shape import Shape
 
 log = logging.getLogger(__name__)
@@ -95,6 +96,10 @@ class Engine:
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._clients: dict[str, _Client] = {}
         self._seeds = itertools.count(config.seed)
+        self.merged: Any | None = None
+        """The adapter that the weights hold now; changed by `exclusive` work only."""
+        self._exclusive: deque[tuple[Callable[[], None], Future[None]]] = deque()
+        self._held: list[_Client] = []  # came while exclusive work waits
         self._stop = threading.Event()
         self._refusing = False
         self._failed: str | None = None
@@ -144,9 +149,11 @@ class Engine:
         """Queues a request; its adapter is held from now until its last event.
 
         `on_event` is called on the engine's thread and must not block. Raises ParameterError for
-        a request that can never run, UnknownModelError if the adapter was unloaded meanwhile.
+        a request that can never run, UnknownModelError if the adapter was unloaded meanwhile,
+        ConflictError if another one is merged into the weights.
         """
         self.check(prompt, params)
+        self._check_merged(adapter)
         if self._failed is not None:
             raise RuntimeError(f"the engine has stopped: {self._failed}")
         if self._refusing:
@@ -171,12 +178,41 @@ class Engine:
             self._store.release(adapter)
         raise RuntimeError("the engine has stopped")
 
+    def _check_merged(self, adapter: Any | None) -> None:
+        if self.merged is not None and adapter is not self.merged:
+            what = "the base model" if adapter is None else f"adapter '{adapter.name}'"
+            raise ConflictError(
+                f"{what} cannot be served while adapter '{self.merged.name}' is merged into the weights; "
+                f"POST /v1/adapters/{self.merged.name}/unmerge first"
+            )
+
+    def exclusive(self, work: Callable[[], None]) -> None:
+        """Runs `work` on the engine's thread when no request is left; new ones wait until then.
+
+        Raises what `work` raises. What it leaves is another model: cached prefixes are forgotten.
+        """
+        done: Future[None] = Future()
+        if not self._thread.is_alive() and not self._ended:  # before `start`
+            self._exclusive.append((work, done))
+            self._run_exclusive()
+        else:
+            with self._gate:
+                if self._ended:
+                    raise RuntimeError("the engine has stopped")
+                self._inbox.put(lambda: self._exclusive.append((work, done)))
+        done.result()
+
     def abort(self, request_id: str) -> None:
         """Ends a request; its last event says "abort". Unknown ids are ignored."""
 
         def end() -> None:
             if self._ended:
                 return
+            for client in [c for c in self._held if c.seq.request_id == request_id]:
+                self._held.remove(client)
+                if client.seq.adapter is not None:
+                    self._store.release(client.seq.adapter)
+                self._emit(client, Event(request_id=request_id, finish_reason="abort"))
             seq = self._scheduler.abort(request_id)
             if seq is not None:
                 self._close(seq)
@@ -222,17 +258,42 @@ class Engine:
                 client.seq.finish_reason = reason  # type: ignore[assignment]
                 client.seq.error = self._failed
             self._close(client.seq)
+        self._release_held()
+        for _, done in self._exclusive:
+            done.set_exception(RuntimeError(self._failed or "the engine has stopped"))
         self._scheduler.abandon()
+
+    def _release_held(self) -> None:
+        held, self._held = self._held, []
+        for client in held:
+            self._add(client)
+
+    def _run_exclusive(self) -> None:
+        while self._exclusive:
+            work, done = self._exclusive.popleft()
+            try:
+                work()
+            except BaseException as error:
+                done.set_exception(error)
+            else:
+                done.set_result(None)
+            self._pages.drop(None)
+        self._release_held()
 
     def _loop(self) -> None:
         pending: deque[tuple[Plan, Pending]] = deque()
         depth = 0 if self.runner.in_order else 1
         while not self._stop.is_set():
             idle = not pending and not self._scheduler.unfinished
+            if idle and self._exclusive:
+                self._run_exclusive()
+                idle = not self._scheduler.unfinished
             while idle and self._inbox.empty() and not self._stop.is_set():
                 if not self.runner.first_run():
                     break
             self._read_inbox(wait=idle)
+            if idle and self._exclusive:
+                continue
             for uid in self._store.take_forgotten():
                 self._pages.drop(uid)
             plan = self._scheduler.schedule()
@@ -258,9 +319,16 @@ class Engine:
 
     def _add(self, client: _Client) -> None:
         seq = client.seq
+        if self._exclusive and not self._ended:
+            self._held.append(client)
+            return
         try:
             if self._ended:
                 raise JloraError(self._failed or "the engine is shutting down")
+            self._check_merged(seq.adapter)
+            if seq.adapter is not None and seq.adapter is self.merged:
+                self._store.release(seq.adapter)  # the weights are it: a step of the base
+                seq.adapter = None
             self._scheduler.add(seq)
         except JloraError as error:  # or a request id that is in use
             if seq.adapter is not None:

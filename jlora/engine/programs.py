@@ -64,6 +64,11 @@ class Programs:
     def __len__(self) -> int:
         return len(self._steps)
 
+    def numbered(self) -> dict[tuple[Any, ...], int]:
+        """The place of each of the model's parameters in `weights`."""
+        numbers = jax.tree.unflatten(self._tree, range(len(self.weights)))
+        return {tuple(path): leaf.get_value() for path, leaf in nnx.to_flat_state(numbers)}
+
     def step(self, shape: Shape) -> Callable[..., Any]:
         """(weights, adapters, kv, last, packed) -> (kv, logits, rows, hidden). DONATES kv."""
         return self._steps[shape]

@@ -53,6 +53,8 @@ ROUTES = [
     _route("POST", "/v1/load_lora_adapter", management.load_vllm),
     _route("POST", "/v1/unload_lora_adapter", management.unload_vllm),
     _route("GET", "/v1/adapters", management.adapters),
+    _route("POST", "/v1/adapters/{name:path}/merge", management.merge),
+    _route("POST", "/v1/adapters/{name:path}/unmerge", management.unmerge),
     _route("POST", "/load_lora_adapter", management.load_sglang),
     _route("POST", "/unload_lora_adapter", management.unload_sglang),
     _route("POST", "/generate", sglang.generate),

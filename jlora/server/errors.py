@@ -8,6 +8,7 @@ from starlette.responses import Response
 from jlora.errors import (
     AdapterError,
     AdapterNotFound,
+    ConflictError,
     JloraError,
     UnknownModelError,
 )
@@ -18,6 +19,7 @@ TYPES = {
     403: "PermissionDeniedError",
     404: "NotFoundError",
     405: "MethodNotAllowedError",
+    409: "ConflictError",
     413: "RequestTooLargeError",
     415: "UnsupportedMediaTypeError",
     500: "InternalServerError",
@@ -60,7 +62,7 @@ def status_of(error: JloraError) -> int:
         return error.status
     if isinstance(error, UnknownModelError | AdapterNotFound):
         return 404
-    return 400
+    return 409 if isinstance(error, ConflictError) else 400
 
 
 def answer(error: JloraError) -> Json:

@@ -12,7 +12,8 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
 from jlora.adapters.store import AdapterEntry, Drain, allowed_path
-from jlora.errors import AdapterError, JloraError
+from jlora.errors import AdapterError, ConflictError, JloraError
+from jlora.llm import LLM
 from jlora.server.errors import HttpError, Json, status_of
 from jlora.server.protocol import LoadBody, UnloadBody
 from jlora.server.service import Service, read
@@ -70,6 +71,10 @@ async def _unload(request: Request) -> Drain:
     if not body.adapter:
         raise HttpError(
             400, "'lora_name' needs to be provided to unload a LoRA adapter.", "lora_name"
+        )
+    if _merged(service.llm) == body.adapter:
+        raise ConflictError(
+            f"adapter '{body.adapter}' is merged into the weights; unmerge it first"
         )
     drain = service.llm.store.unload(body.adapter)
     end, pause = time.monotonic() + DRAIN_SECONDS, 0.002
@@ -133,9 +138,39 @@ async def unload_sglang(request: Request) -> Response:
     return _sglang(service)
 
 
+async def merge(request: Request) -> Response:
+    """Into the weights; answers when the running requests have ended and it is done."""
+    return await _in_place(request, "merge_in_place", "merged")
+
+
+async def unmerge(request: Request) -> Response:
+    return await _in_place(request, "unmerge_in_place", "unmerged")
+
+
+async def _in_place(request: Request, method: str, done: str) -> Response:
+    service, name = service_of(request), request.path_params["name"]
+    if not (service.options.lora_dir or service.options.merge):
+        raise HttpError(
+            404, "merging at run time is off; start the server with --lora-dir ROOT or --merge NAME"
+        )
+    loop = asyncio.get_running_loop()
+    await loop.run_in_executor(service.loaders, getattr(service.llm, method), name)
+    return Json({"id": name, "object": "adapter", done: True})
+
+
 async def adapters(request: Request) -> Response:
-    """Every adapter: path, rank, modules, bytes, tier, pinned, in flight, last use, load time."""
-    return Json({"object": "list", "data": service_of(request).llm.store.adapters()})
+    """Every adapter: path, rank, modules, bytes, tier, pinned, in flight, last use, load time, and
+    whether it is merged into the weights."""
+    llm = service_of(request).llm
+    name = _merged(llm)
+    data = [facts | {"merged": facts["name"] == name} for facts in llm.store.adapters()]
+    return Json({"object": "list", "data": data})
+
+
+def _merged(llm: LLM) -> str | None:
+    """Name of the adapter that is merged into the weights."""
+    entry = llm.engine.merged
+    return None if entry is None else entry.name
 
 
 async def health(request: Request) -> Response:

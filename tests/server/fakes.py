@@ -84,6 +84,7 @@ class FakeEngine:
     pace: float = 0.0005
     ready: bool = True
     failure: str | None = None
+    merged: Any | None = None
     requests: list[Running] = field(default_factory=list)
     """Every request that was ever submitted."""
 

@@ -1,0 +1,189 @@
+"""One adapter merged into the weights on the device, and taken out again bit for bit.
+
+While it is merged its requests run the steps without LoRA, at no cost; the base and the other
+adapters cannot be served meanwhile. What it changed is kept in host memory.
+"""
+
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Float
+
+from jlora.adapters.adapter import NO_LAYER
+from jlora.adapters.entry import AdapterEntry
+from jlora.adapters.pool import HostPage, RankPages, StagedAdapter, groups_of
+from jlora.adapters.store import AdapterStore
+from jlora.engine.engine import Engine
+from jlora.engine.programs import Programs
+from jlora.errors import AdapterError, ConflictError
+from jlora.models.config import GROUPS
+from jlora.sharding import Layout
+
+Path = tuple[str | int, ...]
+
+
+class InPlace:
+    """Merges and unmerges at a moment when no request runs. Thread-safe."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        programs: Programs,
+        layout: Layout,
+        rank_pages: RankPages,
+        store: AdapterStore[StagedAdapter],
+    ):
+        self._engine, self._programs, self._layout = engine, programs, layout
+        self._rank_pages, self._store = rank_pages, store
+        self._lock = threading.Lock()
+        self._kept: dict[int, np.ndarray] = {}  # leaf number -> the base's own values
+
+    def merge(self, entry: AdapterEntry) -> None:
+        """Waits until running requests have ended, then merges. New ones wait meanwhile.
+
+        Raises ConflictError if one is merged already, AdapterError for what the base's weights
+        have no place for (a bias where the base has none, one end of a tied model).
+        """
+        with self._lock:
+            if self._engine.merged is not None:
+                raise ConflictError(
+                    f"the adapter '{self._engine.merged.name}' is merged; unmerge it first"
+                )
+            staged = self._store.read(entry)
+            changes = dict(_changes(staged, self._layout, self._rank_pages))
+            leaves = _leaves(self._programs)
+            self._check(entry, changes, leaves)
+
+            def swap() -> None:
+                for path, change in changes.items():
+                    number = leaves[path]
+                    old = np.asarray(self._programs.weights[number])
+                    new = _cast(change.applied(old.astype(np.float32)), old.dtype, entry)
+                    self._kept[number] = old
+                    self._put(number, new)
+                self._engine.merged = entry
+
+            try:
+                self._engine.exclusive(swap)
+            except BaseException:
+                self._engine.exclusive(self._restore)
+                raise
+
+    def unmerge(self, entry: AdapterEntry) -> None:
+        """Waits until running requests have ended, then puts the base's own weights back.
+
+        Raises ConflictError if it is not merged.
+        """
+        with self._lock:
+            if self._engine.merged is not entry:
+                raise ConflictError(f"the adapter '{entry.name}' is not merged")
+            self._engine.exclusive(self._restore)
+
+    def _restore(self) -> None:
+        for number in list(self._kept):
+            self._put(number, self._kept.pop(number))
+        self._engine.merged = None
+
+    def _put(self, number: int, values: np.ndarray) -> None:
+        weights = self._programs.weights
+        place, weights[number] = weights[number].sharding, None  # frees the old array first
+        weights[number] = jax.device_put(values, place)
+
+    def _check(
+        self, entry: AdapterEntry, changes: dict[Path, "_Change"], leaves: dict[Path, int]
+    ) -> None:
+        missing = sorted(".".join(map(str, path)) for path in changes.keys() - leaves.keys())
+        if missing:
+            raise AdapterError(
+                f"the adapter '{entry.name}' cannot be merged: the base has no {missing[0]}"
+            )
+        head = ("head", "kernel")
+        if head not in leaves and ("embed",) in changes:
+            raise AdapterError(
+                f"the adapter '{entry.name}' cannot be merged: it changes one end of tied embeddings"
+            )
+
+
+class _Change:
+    """What happens to one parameter: a low-rank sum in pieces, then a scale; or an offset."""
+
+    def __init__(self) -> None:
+        self.pieces: list[tuple[np.ndarray, np.ndarray, slice]] = []
+        """(A [r, K], B [r, columns], columns)."""
+        self.scale: np.ndarray | None = None
+        self.offset: np.ndarray | None = None
+
+    def applied(self, weight: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
+        """The new values; `weight` is changed in place."""
+        for a, b, columns in self.pieces:
+            weight[:, columns] += a.T @ b
+        if self.scale is not None:
+            weight *= self.scale
+        return weight if self.offset is None else weight + self.offset
+
+
+def _changes(
+    staged: StagedAdapter, layout: Layout, pages: RankPages
+) -> Iterator[tuple[Path, _Change]]:
+    """The changed parameters of a Decoder, from the pages as they would lie on the device."""
+    for group, parts in groups_of(pages.support).items():
+        layers = range(layout.cfg.layers) if group in GROUPS else [0]
+        for index in layers:
+            change, runs, at = _Change(), [], 0
+            for projection, source in layout.output_index(group):
+                runs.append((parts.index(projection), slice(at, at + len(source))))
+                at += len(source)
+            for page in staged.host_pages:
+                change.pieces += _pieces(page, group, index, pages.page_rows, runs)
+            own = staged.host_pages[0][group]
+            scale, offset = _vector(own.scale, index), _vector(own.offset, index)
+            if scale is not None and (scale != 1).any():
+                change.scale = scale
+            layer = index if group in GROUPS else NO_LAYER
+            if change.pieces or change.scale is not None:
+                yield _path(layer, group, "kernel"), change
+            if offset is not None and offset.any():
+                bias = _Change()
+                bias.offset = offset
+                yield _path(layer, group, "bias"), bias
+
+
+def _pieces(
+    page: HostPage, group: str, index: int, rows: int, runs: list[tuple[int, slice]]
+) -> Iterator[tuple[np.ndarray, np.ndarray, slice]]:
+    for part, columns in runs:
+        a = np.asarray(page[group].a)[index, part * rows : (part + 1) * rows]
+        b = np.asarray(page[group].b)[index, :, columns]
+        if a.any() and b.any():
+            yield a.astype(np.float32), b.astype(np.float32), columns
+
+
+def _vector(values: Any, index: int) -> np.ndarray | None:
+    return None if values is None else np.asarray(values)[index]
+
+
+def _path(layer: int, group: str, what: str) -> Path:
+    if group == "embed":
+        return ("embed",) if what == "kernel" else ("embed", what)
+    if group == "head":
+        return "head", what
+    return ("layers", layer, group, *(("weight", what) if what == "kernel" else (what,)))
+
+
+def _leaves(programs: Programs) -> dict[Path, int]:
+    """Number of each parameter in the flat list that the programs take."""
+    return {path: int(leaf) for path, leaf in programs.numbered().items()}
+
+
+def _cast(values: np.ndarray, dtype: np.dtype, entry: AdapterEntry) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        cast = values.astype(dtype)
+    if not np.isfinite(cast).all():
+        raise AdapterError(
+            f"the adapter '{entry.name}' cannot be merged: values up to "
+            f"{float(np.abs(values).max()):.3g} do not fit {dtype.name}"
+        )
+    return cast

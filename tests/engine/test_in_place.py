@@ -1,0 +1,116 @@
+"""One adapter merged into the weights: it answers as PEFT does, nothing else is served meanwhile,
+and the base comes back bit for bit."""
+
+import threading
+
+import numpy as np
+import pytest
+
+from jlora.errors import AdapterError, ConflictError
+from tests.engine.test_engine import NEW, PROMPTS, SMALL, Adapters, Job
+from tests.models.test_decoder_kinds import make_adapter
+
+torch = pytest.importorskip("torch")
+peft = pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
+
+
+@pytest.fixture(scope="module", params=[1, 2])
+def parts(request, tiny_model, tiny_adapter, tmp_path_factory):
+    from jlora.build import build_engine
+    from jlora.options import ModelOptions
+
+    adapters = Adapters(tiny_model, tiny_adapter, "llama_odd")
+    root = tmp_path_factory.mktemp("kinds")
+    for kind in ("dora_embedding_head", "lora_bias"):
+        adapters.paths[kind] = make_adapter(adapters.folder, root / kind, kind)
+    modules = tuple(f"{name}={path}" for name, path in adapters.paths.items())
+    options = ModelOptions(
+        model=str(adapters.folder), lora_modules=modules, mesh=request.param, **SMALL
+    )
+    parts = build_engine(options)
+    yield parts, adapters
+    parts.engine.shutdown(0)
+
+
+def weights(parts):
+    return [np.asarray(leaf).tobytes() for leaf in parts.in_place._programs.weights]
+
+
+def entry(parts, name):
+    return parts.store.resolve(name, parts.names)
+
+
+@pytest.mark.parametrize("name", ["r24", "dora_embedding_head"])
+def test_a_merged_adapter_answers_as_peft_does_and_the_base_comes_back_bit_for_bit(parts, name):
+    parts, adapters = parts
+    prompt = PROMPTS[5]
+    before, base = weights(parts), Job(parts, prompt).tokens
+    assert base == adapters.greedy(None, prompt)
+    parts.in_place.merge(entry(parts, name))
+    try:
+        assert weights(parts) != before
+        for text in (prompt, PROMPTS[0], prompt):
+            want = adapters.greedy(name, text)
+            assert Job(parts, text, name).tokens == want
+        assert adapters.greedy(name, prompt) != base, "an adapter without effect proves nothing"
+        for other in (None, "r4"):
+            with pytest.raises(ConflictError, match=f"'{name}' is merged"):
+                Job(parts, prompt, other)
+        with pytest.raises(ConflictError, match="unmerge it first"):
+            parts.in_place.merge(entry(parts, "r4"))
+        with pytest.raises(ConflictError, match="'r4' is not merged"):
+            parts.in_place.unmerge(entry(parts, "r4"))
+    finally:
+        parts.in_place.unmerge(entry(parts, name))
+    assert weights(parts) == before
+    assert Job(parts, prompt).tokens == base
+    assert Job(parts, prompt, name).tokens == adapters.greedy(name, prompt)
+    parts.store.check()
+
+
+def test_what_the_base_has_no_place_for_is_refused_and_nothing_changes(parts):
+    parts, adapters = parts
+    before = weights(parts)
+    with pytest.raises(AdapterError, match=r"the base has no layers\.0\.\w+\.bias"):
+        parts.in_place.merge(entry(parts, "lora_bias"))
+    assert weights(parts) == before
+    assert Job(parts, PROMPTS[0]).tokens == adapters.greedy(None, PROMPTS[0])
+
+
+def test_running_requests_end_before_a_merge_and_waiting_ones_go_on_after_it(parts):
+    parts, adapters = parts
+    running = [Job(parts, PROMPTS[0], other, max_tokens=60) for other in (None, "r4")]
+    thread = threading.Thread(target=parts.in_place.merge, args=(entry(parts, "r8"),))
+    thread.start()
+    thread.join(60)
+    assert not thread.is_alive()
+    for job, name in zip(running, (None, "r4"), strict=True):
+        assert job.tokens[:NEW] == adapters.greedy(name, PROMPTS[0])
+        assert len(job.tokens) == 60
+    try:
+        assert Job(parts, PROMPTS[0], "r8").tokens == adapters.greedy("r8", PROMPTS[0])
+    finally:
+        parts.in_place.unmerge(entry(parts, "r8"))
+
+
+def test_an_engine_can_start_with_an_adapter_merged(tiny_model, tiny_adapter):
+    from jlora.build import build_engine
+    from jlora.options import ModelOptions
+
+    adapters = Adapters(tiny_model, tiny_adapter)
+    options = ModelOptions(
+        model=str(adapters.folder),
+        lora_modules=(f"r8={adapters.paths['r8']}",),
+        merge="r8",
+        **SMALL,
+    )
+    parts = build_engine(options)
+    try:
+        assert Job(parts, PROMPTS[0], "r8").tokens == adapters.greedy("r8", PROMPTS[0])
+        with pytest.raises(ConflictError):
+            Job(parts, PROMPTS[0])
+        parts.in_place.unmerge(entry(parts, "r8"))
+        assert Job(parts, PROMPTS[0]).tokens == adapters.greedy(None, PROMPTS[0])
+    finally:
+        parts.engine.shutdown(0)
