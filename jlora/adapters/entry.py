@@ -88,6 +88,20 @@ class AdapterEntry:
         """The name in metrics: users may make any number of mixes."""
         return "(mix)" if self.mix else self.name
 
+    def summary(self) -> str:
+        """The log's line about a load."""
+        facts = {
+            "adapter": self.name,
+            "modules_bound": self.bound,
+            "projections": "+".join(self.modules),
+            "rank": self.rank,
+            "scaling": "+".join(f"{scaling:g}" for scaling in self.scalings),
+            "bytes": self.nbytes,
+            "seconds": f"{self.load_seconds:.2f}",
+            "path": self.path,
+        }
+        return " ".join(f"{key}={value}" for key, value in facts.items())
+
     def facts(self) -> dict[str, object]:
         """The entry as GET /v1/adapters shows it."""
         return {

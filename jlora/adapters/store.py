@@ -83,12 +83,7 @@ class AdapterStore(Generic[S]):
         with self._lock:
             self._check_free(name, replace)
         entry = self._register(name, os.fspath(path), self._names, pinned=pinned, replace=replace)
-        log.info(
-            "adapter=%s modules_bound=%d projections=%s rank=%d scaling=%s bytes=%d seconds=%.2f path=%s",
-            name, entry.bound, "+".join(entry.modules), entry.rank,
-            "+".join(f"{scaling:g}" for scaling in entry.scalings), entry.nbytes,
-            entry.load_seconds, entry.path,
-        )  # fmt: skip
+        log.info("%s", entry.summary())
         return entry
 
     def _register(
@@ -190,11 +185,6 @@ class AdapterStore(Generic[S]):
             while len(self._mixes) > MAX_MIXES:
                 self._start_drain(next(iter(self._mixes.values())))
         return entry
-
-    def __contains__(self, name: str) -> bool:
-        """Whether an adapter of this name is loaded."""
-        with self._lock:
-            return name in self._names
 
     def adapters(self) -> list[dict[str, object]]:
         """One dictionary per loaded adapter, in load order (GET /v1/adapters)."""
@@ -396,33 +386,11 @@ class AdapterStore(Generic[S]):
         with self._lock:
             record.reading = False
             if entry in self._tiers.records:
-                self._arrive(record, staged, error)
+                self._tiers.arrive(record, staged, error)
             record.note()
             self._start_reads()
         if self.on_change is not None:
             self.on_change()
-
-    def _arrive(self, record: Record[S], staged: S | None, error: str | None) -> None:
-        entry, known = record.entry, record.entry.nbytes
-        if staged is not None and staged.uid != entry.uid:
-            pages, entry.nbytes, entry.pages = entry.pages, staged.nbytes, staged.pages
-            try:
-                self._tiers.check_fits(record)
-                if staged.nbytes > known and not self._tiers.make_host_room(staged.nbytes):
-                    raise AdapterError(
-                        f"Loading lora {entry.name} failed: its new content needs {staged.nbytes} "
-                        f"bytes of host memory instead of {known}, which are not free now"
-                    )
-                record.changed = staged
-            except AdapterError as caught:
-                staged, error, entry.nbytes = None, str(caught), known
-            entry.pages = pages  # until the engine's thread takes the new content over
-        if error is not None:
-            entry.error = error
-        elif record.changed is None:
-            record.staged = staged
-        if staged is not None:
-            entry.chat_template = staged.chat_template
 
 
 def _generations(parts: tuple[tuple[AdapterEntry, float], ...]) -> tuple[int, ...]:

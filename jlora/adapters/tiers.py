@@ -153,6 +153,30 @@ class Tiers(Generic[S]):
             record.note()
         return True
 
+    def arrive(self, record: Record[S], staged: S | None, error: str | None) -> None:
+        """What a worker read, or why it could not. Other content than the entry says waits in
+        `record.changed`: the engine's thread takes it over."""
+        entry, known = record.entry, record.entry.nbytes
+        if staged is not None and staged.uid != entry.uid:
+            pages, entry.nbytes, entry.pages = entry.pages, staged.nbytes, staged.pages
+            try:
+                self.check_fits(record)
+                if staged.nbytes > known and not self.make_host_room(staged.nbytes):
+                    raise AdapterError(
+                        f"Loading lora {entry.name} failed: its new content needs {staged.nbytes} "
+                        f"bytes of host memory instead of {known}, which are not free now"
+                    )
+                record.changed = staged
+            except AdapterError as caught:
+                staged, error, entry.nbytes = None, str(caught), known
+            entry.pages = pages  # until the engine's thread takes the new content over
+        if error is not None:
+            entry.error = error
+        elif record.changed is None:
+            record.staged = staged
+        if staged is not None:
+            entry.chat_template = staged.chat_template
+
     def check(self) -> None:
         """Asserts the invariants of the tiers; for tests."""
         owned = [page for record in self.records.values() for page in record.pages]

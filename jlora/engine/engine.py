@@ -14,21 +14,20 @@ from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
+from jlora.engine.clients import Client, Clients, OnEvent
 from jlora.engine.config import EngineConfig, check_tokens, pick
 from jlora.engine.pages import KVPages
 from jlora.engine.params import SamplingParams
-from jlora.engine.runner import Pending, Result, Runner
+from jlora.engine.runner import Pending, Runner
 from jlora.engine.scheduler import Plan, Scheduler
-from jlora.engine.sequence import Event, Sequence, TokenLogprobs
+from jlora.engine.sequence import Event, Sequence
 from jlora.errors import ConflictError, JloraError
 from jlora.shape import Shape
 
 log = logging.getLogger(__name__)
-
-OnEvent = Callable[[Event], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,26 +47,6 @@ class EngineStats:
     running_adapters: tuple[str, ...]
     waiting_adapters: tuple[str, ...]
     max_loras: int
-
-
-@dataclass
-class _Client:
-    """Where the events of a request go."""
-
-    seq: Sequence
-    on_event: OnEvent
-    prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=lambda: [None])
-    scored: bool = False
-    """The prompt's log-probabilities were sent."""
-    uid: str | None = None
-    """The content of its adapter when it first ran."""
-
-    def take_prompt_logprobs(self) -> list[TokenLogprobs | None] | None:
-        """What the next event says about the prompt: everything once, then nothing."""
-        if self.seq.params.prompt_logprobs is None or self.scored:
-            return None
-        self.scored = True
-        return self.prompt_logprobs
 
 
 class Engine:
@@ -94,12 +73,12 @@ class Engine:
         self._pages = KVPages(num_pages, config.page_size, config.enable_prefix_caching)
         self._scheduler = Scheduler(config, self._pages, store)
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._clients: dict[str, _Client] = {}
+        self._clients = Clients()
         self._seeds = itertools.count(config.seed)
         self.merged: Any | None = None
         """The adapter that the weights hold now; changed by `exclusive` work only."""
         self._exclusive: deque[tuple[Callable[[], None], Future[None]]] = deque()
-        self._held: list[_Client] = []  # came while exclusive work waits
+        self._held: list[Client] = []  # came while exclusive work waits
         self._stop = threading.Event()
         self._refusing = False
         self._failed: str | None = None
@@ -172,7 +151,7 @@ class Engine:
             self._store.acquire(adapter)
         with self._gate:
             if not self._ended:
-                self._inbox.put(lambda: self._add(_Client(seq, on_event)))
+                self._inbox.put(lambda: self._add(Client(seq, on_event)))
                 return
         if adapter is not None:
             self._store.release(adapter)
@@ -212,10 +191,10 @@ class Engine:
                 self._held.remove(client)
                 if client.seq.adapter is not None:
                     self._store.release(client.seq.adapter)
-                self._emit(client, Event(request_id=request_id, finish_reason="abort"))
+                self._clients.emit(client, Event(request_id=request_id, finish_reason="abort"))
             seq = self._scheduler.abort(request_id)
             if seq is not None:
-                self._close(seq)
+                self._clients.close(seq)
 
         self._inbox.put(end)
 
@@ -257,7 +236,7 @@ class Engine:
             if client.seq.finish_reason is None:
                 client.seq.finish_reason = reason  # type: ignore[assignment]
                 client.seq.error = self._failed
-            self._close(client.seq)
+            self._clients.close(client.seq)
         self._release_held()
         for _, done in self._exclusive:
             done.set_exception(RuntimeError(self._failed or "the engine has stopped"))
@@ -298,7 +277,7 @@ class Engine:
                 self._pages.drop(uid)
             plan = self._scheduler.schedule()
             for seq in self._scheduler.take_ended():
-                self._close(seq)
+                self._clients.close(seq)
             if plan is not None:
                 pending.append((plan, self._dispatch(plan)))
                 self._end_changed(plan)
@@ -317,7 +296,7 @@ class Engine:
         except queue.Empty:
             pass
 
-    def _add(self, client: _Client) -> None:
+    def _add(self, client: Client) -> None:
         seq = client.seq
         if self._exclusive and not self._ended:
             self._held.append(client)
@@ -334,7 +313,7 @@ class Engine:
             if seq.adapter is not None:
                 self._store.release(seq.adapter)
             reason = "error" if self._failed or not self._ended else "abort"
-            self._emit(
+            self._clients.emit(
                 client, Event(request_id=seq.request_id, finish_reason=reason, error=str(error))
             )
             return
@@ -361,7 +340,7 @@ class Engine:
                     f"the folder of adapter {seq.adapter.name} was overwritten while this request "
                     "waited to go on; send it again for an answer by the new weights"
                 )
-                self._close(seq)
+                self._clients.close(seq)
 
     def _commit(self, plan: Plan, pending: Pending) -> None:
         result = self.runner.collect(pending)
@@ -372,54 +351,11 @@ class Engine:
         committed = self._scheduler.commit(plan, result.tokens)
         finished = {id(seq) for seq in committed.finished}
         for seq in committed.accepted:
-            self._send_token(seq, result, last=id(seq) in finished)
+            self._clients.send_token(seq, result, last=id(seq) in finished)
         told = {id(seq) for seq in committed.accepted}
         for seq in committed.finished:
             if id(seq) not in told:  # a prompt that was only scored
-                self._close(seq)
-
-    def _send_token(self, seq: Sequence, result: Result, *, last: bool) -> None:
-        client = self._clients.get(seq.request_id)
-        if client is None:
-            return
-        logprobs = result.logprobs.get(seq.request_id)
-        if last:
-            del self._clients[seq.request_id]
-        self._emit(
-            client,
-            Event(
-                request_id=seq.request_id,
-                token_ids=(result.tokens[seq.request_id],),
-                logprobs=None if logprobs is None else [logprobs],
-                prompt_logprobs=client.take_prompt_logprobs(),
-                finish_reason=seq.finish_reason if last else None,
-                stop_reason=seq.stop_reason,
-                num_cached_tokens=seq.num_cached,
-                queue_seconds=seq.queue_seconds,
-            ),
-        )
-
-    def _close(self, seq: Sequence) -> None:
-        """The last event of a request that ends without a token."""
-        client = self._clients.pop(seq.request_id, None)
-        if client is not None:
-            self._emit(
-                client,
-                Event(
-                    request_id=seq.request_id,
-                    prompt_logprobs=client.take_prompt_logprobs(),
-                    finish_reason=seq.finish_reason,
-                    num_cached_tokens=seq.num_cached,
-                    queue_seconds=seq.queue_seconds,
-                    error=seq.error,
-                ),
-            )
-
-    def _emit(self, client: _Client, event: Event) -> None:
-        try:
-            client.on_event(event)
-        except Exception:  # a client's fault must not touch the others
-            log.exception("request %s: its on_event failed", event.request_id)
+                self._clients.close(seq)
 
     def _snapshot(self) -> EngineStats:
         scheduler = self._scheduler
