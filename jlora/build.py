@@ -74,6 +74,13 @@ def build_engine(options: ModelOptions, *, progress: Progress | None = None) -> 
     tell = progress or (lambda what, done, total: None)
     folder = Path(options.model) if options.model else demo_model_folder(tell)
     cfg = ModelConfig.from_folder(folder)
+    cfg = cfg.for_context(options.max_model_len or cfg.default_context)
+    if cfg.rope.long:
+        log.warning(
+            "longrope's long factors hold for texts of all lengths; up to --max-model-len %d the "
+            "short ones would, as transformers takes them",
+            cfg.default_context,
+        )
     tokenizer = Tokenizer.from_folder(folder)
     names = options.served_model_name or (folder.name,)
     platform = "gpu" if jax.default_backend() == "gpu" else "cpu"
@@ -196,7 +203,7 @@ def _engine_config(options: ModelOptions, cfg: ModelConfig, platform: _Platform)
     tokens = options.max_num_batched_tokens or platform.max_num_batched_tokens
     rows = options.max_num_seqs or platform.max_num_seqs
     return EngineConfig(
-        max_model_len=options.max_model_len or cfg.max_positions,
+        max_model_len=options.max_model_len or cfg.default_context,
         max_num_seqs=rows,
         decode_buckets=(*(n for n in platform.decode_buckets if n < rows), rows),
         max_num_batched_tokens=-(-tokens // block) * block,

@@ -17,7 +17,7 @@ from jlora.cli import fail, parse
 from jlora.console import setup_logging, size
 from jlora.errors import JloraError, ParameterError
 from jlora.models.checkpoint import Checkpoint
-from jlora.models.config import PROJECTIONS, ModelConfig
+from jlora.models.config import MODULES, ModelConfig
 from jlora.models.weights import tensor_name
 
 PROG = "jlora.inspect"
@@ -106,7 +106,7 @@ def base_folder(options: InspectOptions) -> Path:
 def describe(adapter: Adapter, base: Checkpoint) -> list[Projection]:
     """One entry for each projection that the adapter touches, in the model's order."""
     rows = []
-    for name in PROJECTIONS:
+    for name in MODULES:
         layers = sorted(layer for layer, projection in adapter.weights if projection == name)
         if not layers:
             continue

@@ -28,7 +28,7 @@ from jlora.export.svd import Pair
 from jlora.export.tokenizer import adds_tokens, tuned_template
 from jlora.export.verify import compare
 from jlora.models.base import BaseWeights
-from jlora.models.config import PROJECTIONS
+from jlora.models.config import MODULES
 from jlora.options import parse_bytes
 
 PROG = "jlora.merge"
@@ -212,7 +212,7 @@ def _ready(pair: Pair) -> Callable[[], Pair]:
 
 def report(found: Extracted) -> None:
     """The relative error of each module, layers down and projections across; then the warnings."""
-    names = [name for name in PROJECTIONS if any(name == place[1] for place in found.errors)]
+    names = [name for name in MODULES if any(name == place[1] for place in found.errors)]
     table = Table("layer", *names, title="relative error of each module's difference")
     for layer in sorted({layer for layer, _ in found.errors}):
         shown = (found.errors.get((layer, name)) for name in names)

@@ -40,10 +40,15 @@ def rms_norm(
 def rope(
     x: Float[Array, "T N H"], cos: Float[Array, "T half"], sin: Float[Array, "T half"]
 ) -> Float[Array, "T N H"]:
-    """Rotary embedding in the half-split form of Hugging Face's Llama (Su et al. 2021)."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    """Rotary embedding in the half-split form of Hugging Face's Llama (Su et al. 2021).
+
+    Dimensions from 2 · half on pass as they are.
+    """
+    half, wide = cos.shape[-1], x.astype(jnp.float32)
+    first, second, rest = wide[..., :half], wide[..., half : 2 * half], wide[..., 2 * half :]
     cos, sin = cos[:, None, :], sin[:, None, :]
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    parts = [first * cos - second * sin, second * cos + first * sin]
+    turned = jnp.concatenate([*parts, rest] if rest.shape[-1] else parts, axis=-1)
     return turned.astype(x.dtype)
 
 

@@ -101,7 +101,7 @@ class ModelOptions:
     """dummy: random weights in the shape of config.json, for benchmarks."""
 
     max_model_len: int | None = field(default=None, metadata={"aliases": ("--context-length",)})
-    """Tokens of prompt and output together. Default: the checkpoint's limit."""
+    """Tokens of prompt and output together. Default: the checkpoint's limit; with longrope (Phi-3 128k, Phi-4-mini) the length of pretraining, beyond which the long factors hold, then for texts of all lengths."""
 
     max_num_seqs: int | None = field(
         default=None, metadata={"aliases": ("--max-running-requests",)}

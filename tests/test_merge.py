@@ -61,6 +61,15 @@ def test_a_merged_checkpoint_gives_transformers_the_logits_of_pefts_adapter(part
     assert np.abs(got - expected).max() < 1e-3
 
 
+def test_a_merge_into_fused_projections_gives_transformers_pefts_logits_and_verifies(tmp_path):
+    model = make_model("phi3", tmp_path / "base")
+    parts = model, make_adapter(model, tmp_path / "a", r=8, alpha=12, seed=1)
+    base, expected = logits(loaded(parts[0])), logits(wrapped(parts))
+    got = logits(loaded(run(parts, tmp_path, "--verify")))
+    assert np.abs(expected - base).max() > 1
+    assert np.abs(got - expected).max() < 1e-3
+
+
 @pytest.mark.parametrize("combination", ["cat", "linear"])
 def test_combined_adapters_equal_pefts_add_weighted_adapter(parts, tmp_path, combination):
     flags = ("--weights", "0.7", "-0.4", "--combination-type", combination)

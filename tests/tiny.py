@@ -15,8 +15,9 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
-VOCAB = 320
-"""256 bytes, 4 special tokens, 60 merges."""
+from tests.families import FAMILIES as FAMILIES
+from tests.families import VOCAB as VOCAB
+from tests.families import model_config as model_config
 
 TEXT = "the quick brown fox jumps over the lazy dog and asks what is the capital of France? Paris. "
 
@@ -25,121 +26,7 @@ TEMPLATE = (
     "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
-_BASE: dict[str, Any] = {
-    "vocab_size": VOCAB,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "hidden_act": "silu",
-    "max_position_embeddings": 512,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 10000.0,
-    "tie_word_embeddings": False,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "attention_dropout": 0.0,
-    "use_cache": True,
-}
-
-_LLAMA3 = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
-_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
-
-_GEMMA: dict[str, Any] = {
-    "num_hidden_layers": 3,
-    "head_dim": 24,
-    "query_pre_attn_scalar": 20,
-    "sliding_window": 16,
-    "hidden_activation": "gelu_pytorch_tanh",
-    "tie_word_embeddings": True,
-}
-
-FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("Llama", {}),
-    "llama_tied": ("Llama", {"tie_word_embeddings": True}),
-    "llama31": ("Llama", {"rope_theta": 500000.0, "rope_scaling": _LLAMA3}),
-    "llama_linear": ("Llama", {"rope_scaling": {"type": "linear", "factor": 4.0}}),
-    "llama_yarn": ("Llama", {"rope_scaling": _YARN}),
-    # as SmolLM2: neither heads nor mlp nor vocab divide by 2
-    "llama_odd": (
-        "Llama",
-        {
-            "hidden_size": 72,
-            "num_attention_heads": 9,
-            "num_key_value_heads": 3,
-            "intermediate_size": 99,
-            "vocab_size": 323,
-            "tie_word_embeddings": True,
-        },
-    ),
-    "llama_bias": ("Llama", {"attention_bias": True, "mlp_bias": True}),
-    "mistral": ("Mistral", {"sliding_window": 16}),
-    "qwen2": ("Qwen2", {"use_sliding_window": False, "sliding_window": 8, "max_window_layers": 1}),
-    "qwen2_window": (
-        "Qwen2",
-        {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1},
-    ),
-    "qwen3": ("Qwen3", {"head_dim": 32, "use_sliding_window": False}),
-    # soft caps small enough to bend scores and logits
-    "gemma2": (
-        "Gemma2",
-        _GEMMA
-        | {"attn_logit_softcapping": 4.0, "final_logit_softcapping": 12.0, "num_hidden_layers": 2},
-    ),
-    "gemma3": (
-        "Gemma3",
-        _GEMMA
-        | {
-            "sliding_window_pattern": 3,
-            "rope_theta": 1e6,
-            "rope_local_base_freq": 10000.0,
-            "rope_scaling": {"rope_type": "linear", "factor": 8.0},
-        },
-    ),
-}
-"""family -> (transformers' class stem, what it changes in the config)."""
-
-MODEL_TYPES = {"Gemma3": "gemma3_text"}
-"""Where it is not the class stem in lower case."""
-
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
-
-
-def model_config(
-    family: str, *, dialect: int = 4, dtype: str = "float32", **overrides: Any
-) -> dict:
-    """config.json of a family, as transformers 4 or 5 (`dialect`) writes it."""
-    stem, changes = FAMILIES[family]
-    config = {
-        "architectures": [f"{stem}ForCausalLM"],
-        "model_type": MODEL_TYPES.get(stem, stem.lower()),
-        **_BASE,
-        **changes,
-        **overrides,
-    }
-    if dialect == 4:
-        return config | {"torch_dtype": dtype, "transformers_version": "4.46.0"}
-    rope = dict(config.pop("rope_scaling", None) or {"rope_type": "default"})
-    rope.setdefault("rope_type", rope.pop("type", "default"))
-    config["rope_parameters"] = rope | {"rope_theta": config.pop("rope_theta")}
-    if (local := config.pop("rope_local_base_freq", None)) is not None:
-        config["rope_parameters"] = {
-            "full_attention": config["rope_parameters"],
-            "sliding_attention": {"rope_type": "default", "rope_theta": local},
-        }
-    if (every := config.pop("sliding_window_pattern", None)) is not None:
-        config["layer_types"] = [
-            "sliding_attention" if (layer + 1) % every else "full_attention"
-            for layer in range(config["num_hidden_layers"])
-        ]
-    return config | {"dtype": dtype, "transformers_version": "5.0.0"}
 
 
 def make_model(
@@ -193,6 +80,13 @@ def model_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         "mlp.up_proj": (mlp, embed, mlp_bias),
         "mlp.down_proj": (embed, mlp, mlp_bias),
     }
+    if config["model_type"] == "phi3":
+        del linear["self_attn.q_proj"], linear["self_attn.k_proj"], linear["self_attn.v_proj"]
+        del linear["mlp.gate_proj"], linear["mlp.up_proj"]
+        linear |= {
+            "self_attn.qkv_proj": (q + 2 * kv, embed, False),
+            "mlp.gate_up_proj": (2 * mlp, embed, False),
+        }
     shapes: dict[str, tuple[int, ...]] = {
         "model.embed_tokens.weight": (config["vocab_size"], embed),
         "model.norm.weight": (embed,),
@@ -273,6 +167,12 @@ def make_tokenizer(folder: Path) -> None:
     )
 
 
+FUSED = {
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj"),
+    **dict.fromkeys(("gate_proj", "up_proj"), "gate_up_proj"),
+}
+"""Where a model has its projections fused, and an adapter's targets with them."""
+
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -298,6 +198,8 @@ def make_adapter(
     same config keys; None: peft where torch is installed. Returns the folder.
     """
     model, folder = Path(model), Path(folder)
+    if json.loads((model / "config.json").read_text())["model_type"] == "phi3":
+        targets = list(dict.fromkeys(FUSED.get(name, name) for name in targets))
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

@@ -7,13 +7,15 @@ never a name or a path.
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from types import MappingProxyType
 from typing import Literal
 
 import numpy as np
 from jaxtyping import Float
+
+from jlora.models.config import ModelConfig
 
 NO_LAYER = -1
 """The layer of what is in none: embed_tokens and lm_head."""
@@ -46,6 +48,11 @@ class OutputVectors:
     scale: Float[np.ndarray, " N"] | None = None
     offset: Float[np.ndarray, " N"] | None = None
 
+    def rows(self, rows: slice) -> "OutputVectors":
+        """The same for some of the outputs."""
+        both = (None if vector is None else vector[rows] for vector in (self.scale, self.offset))
+        return OutputVectors(**dict(zip(("scale", "offset"), both, strict=True)))
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Adapter:
@@ -59,7 +66,8 @@ class Adapter:
     rank: int
     """The largest rank of any projection."""
     weights: dict[tuple[int, str], LoraWeights]
-    """Keyed by (layer, projection), such as (3, "q_proj") or (NO_LAYER, "lm_head")."""
+    """Keyed by (layer, module of the checkpoint): (3, "q_proj"), (3, "qkv_proj") where it is fused,
+    (NO_LAYER, "lm_head")."""
     vectors: dict[tuple[int, str], OutputVectors] = field(default_factory=dict)
     """Keyed likewise; a projection may have vectors without a pair."""
     chat_template: str | None
@@ -85,6 +93,22 @@ class Adapter:
         if any(layer == NO_LAYER for layer, _ in self.touched):
             return "full"
         return "vectors" if self.vectors else "plain"
+
+
+def by_projection(adapter: Adapter, cfg: ModelConfig) -> Adapter:
+    """The same adapter with fused modules cut up: the parts share A, each has its rows of the rest."""
+    if not cfg.fused:
+        return adapter
+    weights: dict[tuple[int, str], LoraWeights] = {}
+    vectors: dict[tuple[int, str], OutputVectors] = {}
+    for layer, module in adapter.touched:
+        pair, own = adapter.weights.get((layer, module)), adapter.vectors.get((layer, module))
+        for part, rows in (cfg.fused_rows(module) or {module: slice(None)}).items():
+            if pair is not None:
+                weights[layer, part] = replace(pair, b=pair.b[rows])
+            if own is not None:
+                vectors[layer, part] = own.rows(rows)
+    return replace(adapter, weights=weights, vectors=vectors)
 
 
 def content_hash(

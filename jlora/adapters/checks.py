@@ -174,6 +174,7 @@ def _targeted(target: str, layers: frozenset[int] | None, cfg: ModelConfig) -> s
     words = target.split(".")
     if words[-1] in VOCABULARY:
         return {(NO_LAYER, words[-1])}
+    words[-1], _ = cfg.stored_in(words[-1])  # "all-linear" stands for projections
     if words[-1] not in BLOCKS or (len(words) > 1 and words[-2] != BLOCKS[words[-1]]):
         return set()
     if len(words) <= 2:

@@ -13,7 +13,7 @@ from typing import Literal
 from jlora.adapters.adapter import NO_LAYER
 from jlora.adapters.tensors import FLOATS, TensorInfo
 from jlora.errors import AdapterError
-from jlora.models.config import PROJECTIONS, VOCAB_GROUPS, ModelConfig
+from jlora.models.config import MODULES, VOCAB_GROUPS, ModelConfig
 
 Kind = Literal["A", "B", "B.bias", "magnitude", "bias", "weight", "copy", "tokens"]
 """A, B: the pair. B.bias: lora_bias. magnitude: DoRA. bias: the base's bias, replaced. weight: the
@@ -26,8 +26,8 @@ Place = tuple[int, str]
 # What a module's path may start with: wrappers of trainers and multi-modal models around the
 # decoder. Words such as vision_tower are not here, so that their layers are never taken for ours.
 WRAPPERS = frozenset({"base_model", "model", "language_model", "module", "_orig_mod"})
-BLOCKS = {name: "mlp" if name in ("gate_proj", "up_proj", "down_proj") else "self_attn"
-          for name in PROJECTIONS}  # fmt: skip
+BLOCKS = {name: "mlp" if name in ("gate_proj", "up_proj", "gate_up_proj", "down_proj")
+          else "self_attn" for name in MODULES}  # fmt: skip
 VOCABULARY = tuple(part for parts in VOCAB_GROUPS.values() for part in parts)
 
 # Fixed patterns of ours, without nested repeats: linear on any name. The group is the adapter's name.
@@ -131,10 +131,10 @@ def _place(module: str, key: str, cfg: ModelConfig, folder: Path) -> Place:
     if start <= 8 and rest in VOCABULARY:
         return NO_LAYER, rest
     match = _MODULE.fullmatch(rest) if start <= 8 else None
-    if match is None or BLOCKS.get(match[3]) != match[2]:
+    if match is None or BLOCKS.get(match[3]) != match[2] or match[3] not in cfg.modules:
         raise AdapterError(
             f"{folder}: tensor {key[:160]!r} is for none of the modules that LoRA is supported on "
-            f"({', '.join(PROJECTIONS)} of a decoder layer, {', '.join(VOCABULARY)})"
+            f"({', '.join(cfg.modules)} of a decoder layer, {', '.join(VOCABULARY)})"
         )
     layer = int(match[1])
     if layer >= cfg.layers:

@@ -13,7 +13,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh
 
-from jlora.adapters.adapter import NO_LAYER, SUPPORT, Adapter, OutputVectors, Support
+from jlora.adapters.adapter import NO_LAYER, SUPPORT, Adapter, OutputVectors, Support, by_projection
 from jlora.errors import AdapterError
 from jlora.models.config import ALL_GROUPS, GROUPS, VOCAB_GROUPS, ModelConfig
 from jlora.sharding import GROUP_AXES, RULES, Layout, sharding
@@ -180,6 +180,7 @@ class RankPages:
                 f"{adapter.path} changes {what}, for which this engine was not started: start it "
                 f"with --lora-support {adapter.support}, or with such an adapter in --lora-modules"
             )
+        whole, adapter = adapter, by_projection(adapter, self.cfg)
         touched = {
             group
             for group, parts in groups_of(self.support).items()
@@ -205,10 +206,10 @@ class RankPages:
             uid=adapter.uid,
             base_model=adapter.base_model,
             rank=adapter.rank,
-            modules=tuple(adapter.modules),
+            modules=tuple(whole.modules),
             chat_template=adapter.chat_template,
             host_pages=pages,
-            bound=len(adapter.touched),
+            bound=len(whole.touched),
             scalings=tuple(sorted({pair.scaling for pair in adapter.weights.values()})),
             nbytes=nbytes,
         )

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float
 from jlora.adapters.adapter import Adapter, LoraWeights
 from jlora.errors import AdapterError, ParameterError
 from jlora.export.svd import Pair, of_matrix, of_product
-from jlora.models.config import ALL_GROUPS
+from jlora.models.config import ALL_GROUPS, FUSED
 
 Combination = Literal[
     "cat",
@@ -34,7 +34,7 @@ Combination = Literal[
 Majority = Literal["total", "frequency"]
 Place = tuple[int, str]
 """(layer, projection); NO_LAYER for embed_tokens and lm_head."""
-_NAMES = tuple(part for parts in ALL_GROUPS.values() for part in parts)
+_NAMES = (*(part for parts in ALL_GROUPS.values() for part in parts), *FUSED)
 Tensor = Float[np.ndarray, "..."]
 
 

@@ -16,7 +16,6 @@ from jlora.export.combine import Place
 from jlora.export.folder import DTYPES
 from jlora.export.svd import Pair, of_matrix
 from jlora.models.checkpoint import Checkpoint
-from jlora.models.config import PROJECTIONS
 from jlora.models.weights import tensor_name
 
 Progress = Callable[[int, int], None]
@@ -67,7 +66,7 @@ def extract(
     places = {
         tensor_name(layer, projection): (layer, projection)
         for layer in range(cfg.layers)
-        for projection in PROJECTIONS
+        for projection in cfg.modules
     }
     kind = DTYPES["float32" if dtype == "auto" else dtype][0]
     settings = tuple(

@@ -12,8 +12,8 @@ import numpy as np
 from jaxtyping import Float
 
 from jlora.models.checkpoint import Checkpoint
-from jlora.models.config import ALL_GROUPS, ModelConfig
-from jlora.models.weights import Source, sources
+from jlora.models.config import ALL_GROUPS, FUSED, ModelConfig
+from jlora.models.weights import Source, sources, tensor_name
 from jlora.sharding import Layout
 
 _BLOCK = 1024
@@ -64,6 +64,8 @@ class BaseWeights:
 
     def _part(self, layer: int, projection: str, what: str) -> tuple[str, np.ndarray]:
         """(tensor, its rows) of a projection's weight or bias."""
+        if projection in FUSED:
+            return tensor_name(layer, projection), np.arange(self.cfg.shape(projection)[1])
         group = _GROUP[projection]
         if group == "embed":
             path: tuple[str | int, ...] = ("embed",)

@@ -5,7 +5,7 @@ model's name; what the decoder cannot compute exactly is refused by name. No jax
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,17 @@ ALL_GROUPS = GROUPS | VOCAB_GROUPS
 
 PROJECTIONS: tuple[str, ...] = tuple(part for parts in GROUPS.values() for part in parts)
 """The seven projections of a layer, by their checkpoint names."""
+
+
+FUSED: dict[str, tuple[str, ...]] = {
+    "qkv_proj": GROUPS["qkv"],
+    "gate_up_proj": GROUPS["gate_up"],
+}
+"""Modules of some checkpoints: the rows of these projections one after the other."""
+
+
+MODULES: tuple[str, ...] = (*PROJECTIONS, *FUSED)
+"""All names that linears of a layer have in checkpoints and adapters."""
 
 
 def group_of(projection: str) -> str:
@@ -113,11 +124,16 @@ class ModelConfig:
     """Logits are squeezed into -softcap..softcap by tanh; None: they are not."""
     local_rope: RopeConfig | None = None
     """Rotary parameters of layers that have a window; None: `rope` holds for all layers."""
+    fused: bool = False
+    """The checkpoint holds the modules of `FUSED`."""
     multimodal: bool = False
     """The checkpoint holds more than the text part; the rest is not read."""
 
     def shape(self, projection: str) -> tuple[int, int]:
-        """(input, output) width of a projection."""
+        """(input, output) width of a projection, or of a module of `FUSED`."""
+        if projection in FUSED:
+            widths = [self.shape(part) for part in FUSED[projection]]
+            return widths[0][0], sum(out for _, out in widths)
         heads, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
         return {
             "q_proj": (self.embed, heads),
@@ -130,6 +146,41 @@ class ModelConfig:
             "embed_tokens": (self.vocab, self.embed),
             "lm_head": (self.embed, self.vocab),
         }[projection]
+
+    def fused_rows(self, module: str) -> dict[str, slice]:
+        """Rows of each projection in a module of `FUSED`; empty for any other module."""
+        rows, at = {}, 0
+        for part in FUSED.get(module, ()) if self.fused else ():
+            rows[part] = slice(at, at := at + self.shape(part)[1])
+        return rows
+
+    def stored_in(self, projection: str) -> tuple[str, int]:
+        """(module of the checkpoint that holds a projection, its first row there)."""
+        for module in FUSED:
+            if projection in (rows := self.fused_rows(module)):
+                return module, rows[projection].start
+        return projection, 0
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """The linears of a layer by their checkpoint names: what adapters may target."""
+        return tuple(dict.fromkeys(self.stored_in(part)[0] for part in PROJECTIONS))
+
+    @property
+    def default_context(self) -> int:
+        """Longest context that is computed as transformers does it, whatever the text's length."""
+        if self.rope.kind == "longrope" and self.rope.original_max_positions:
+            return min(self.rope.original_max_positions, self.max_positions)
+        return self.max_positions
+
+    def for_context(self, tokens: int) -> "ModelConfig":
+        """The config of an engine whose texts have up to `tokens` tokens.
+
+        longrope has two sets of factors. transformers takes the long ones once a text is longer
+        than `default_context`, and computes its K/V anew; an engine, which shares K/V between
+        texts, takes one set for all: the short one only if no text can be longer.
+        """
+        return replace(self, rope=replace(self.rope, long=tokens > self.default_context))
 
     def bias(self, group: str) -> bool:
         """Whether the projections of a group have biases."""
@@ -171,7 +222,7 @@ class ModelConfig:
         if head_dim % 2 or head_dim == 0:
             get.refuse(f"head_dim is {head_dim}, rope needs an even number")
         max_positions = get.size("max_position_embeddings")
-        rope, local_rope = read_ropes(get, family, max_positions)
+        rope, local_rope = read_ropes(get, family, head_dim, max_positions)
 
         def bias(group: str) -> bool:
             decides = family.biases.get(group, False)
@@ -201,6 +252,7 @@ class ModelConfig:
             eos_ids=get.tokens("eos_token_id", generation),
             activation=read_activation(get, family),
             local_rope=local_rope,
+            fused=family.fused,
             multimodal=multimodal,
             **(_gemma(get, embed, multimodal) if family.gemma else {}),
         )

@@ -59,6 +59,14 @@ class Reader:
             self.refuse(f"{key} must be a token id or a list of them, got {value!r}")
         return tuple(dict.fromkeys(token for token in value if token >= 0))
 
+    def numbers(self, key: str, count: int) -> tuple[float, ...]:
+        values = self.value(key)
+        if not isinstance(values, list) or len(values) != count:
+            got = f"{len(values)}" if isinstance(values, list) else repr(values)
+            self.refuse(f"{key} must be a list of {count} numbers, got {got}")
+        each = [Reader(self.name, {key: value}, {}) for value in values]
+        return tuple(one.number(key, 0.0) for one in each)
+
     def token(self, key: str, generation: Mapping[str, Any] | None) -> int | None:
         return next(iter(self.tokens(key, generation)), None)
 
@@ -120,7 +128,7 @@ def read_architecture(data: Mapping[str, Any], name: str) -> str:
     by_type = {family.model_type: name for name, family in FAMILIES.items()}
     names = data.get("architectures") or [by_type.get(str(data.get("model_type")))]
     architecture = names[0] if isinstance(names, list) and len(names) == 1 else names
-    if data.get("auto_map"):
+    if data.get("auto_map") and not _is_transformers_own(data["auto_map"], architecture):
         raise ModelError(
             f"{name}: config.json has auto_map: the model ({architecture}) needs code of its own "
             "to be run, and remote code is never imported"
@@ -136,6 +144,12 @@ def read_architecture(data: Mapping[str, Any], name: str) -> str:
             "supported; use the float32, bfloat16 or float16 checkpoint"
         )
     return architecture
+
+
+def _is_transformers_own(auto_map: Any, architecture: Any) -> bool:
+    """The code that comes along is a copy of a class that transformers has, and prefers itself."""
+    named = auto_map.get("AutoModelForCausalLM") if isinstance(auto_map, dict) else None
+    return architecture in FAMILIES and str(named).split(".")[-1] == architecture
 
 
 _ACTIVATIONS = {
@@ -156,7 +170,7 @@ def read_activation(get: Reader, family: Family) -> str:
 
 
 def read_ropes(
-    get: Reader, family: Family, max_positions: int
+    get: Reader, family: Family, head_dim: int, max_positions: int
 ) -> tuple[RopeConfig, RopeConfig | None]:
     """Rotary parameters, and those of layers with a window where they have their own.
 
@@ -170,38 +184,54 @@ def read_ropes(
     if by_type and not family.local_rope:
         get.refuse(f"rope parameters per layer type ({', '.join(params)}) are not supported")
     if not family.local_rope:
-        return _read_rope(get, params, theta, max_positions), None
+        return _read_rope(get, family, params, theta, head_dim, max_positions), None
     full, local = (params.get(f"{kind}_attention") or {} for kind in ("full", "sliding"))
     if not isinstance(full, dict) or not isinstance(local, dict):
         get.refuse(f"rope parameters of a layer type must be objects, got {params!r}")
+    local_theta = get.number("rope_local_base_freq", 10000.0)
     return (
-        _read_rope(get, full if by_type else params, theta, max_positions),
-        _read_rope(get, local, get.number("rope_local_base_freq", 10000.0), max_positions),
+        _read_rope(get, family, full if by_type else params, theta, head_dim, max_positions),
+        _read_rope(get, family, local, local_theta, head_dim, max_positions),
     )
 
 
 def _read_rope(
-    get: Reader, params: Mapping[str, Any], theta: float, max_positions: int
+    get: Reader,
+    family: Family,
+    params: Mapping[str, Any],
+    theta: float,
+    head_dim: int,
+    max_positions: int,
 ) -> RopeConfig:
     kind = params.get("rope_type", params.get("type", "default")) or "default"
+    kind = family.rope_aliases.get(kind, kind) if isinstance(kind, str) else kind
     if kind not in ROPE_KINDS:
         get.refuse(f"rope type {kind!r} is not supported; supported are {', '.join(ROPE_KINDS)}")
     rope = Reader(get.name, {key: v for key, v in params.items() if v is not None}, {})
     partial = rope.number("partial_rotary_factor", get.number("partial_rotary_factor", 1.0))
-    if partial != 1.0:
+    turning = int(head_dim * partial)
+    if partial != 1.0 and not (family.partial_rotary and 0 < turning <= head_dim):
         get.refuse(f"partial_rotary_factor {partial} is not supported")
+    if turning % 2:
+        get.refuse(f"partial_rotary_factor {partial} turns {turning} dimensions, an odd number")
     theta = rope.number("rope_theta", theta)
     if kind == "default":
-        return RopeConfig(theta=theta)
-    needed = {"linear": ["factor"], "llama3": ["factor", "low_freq_factor", "high_freq_factor"]}
+        return RopeConfig(theta=theta, partial=partial)
+    needed = {
+        "linear": ["factor"],
+        "llama3": ["factor", "low_freq_factor", "high_freq_factor"],
+        "longrope": ["short_factor", "long_factor"],
+    }
     if missing := [key for key in needed.get(kind, []) if key not in rope.data]:
         get.refuse(f"rope type {kind!r} needs {', '.join(missing)}")
     if kind == "linear":
-        return RopeConfig(kind=kind, theta=theta, factor=rope.number("factor", 1.0))
+        factor = rope.number("factor", 1.0)
+        return RopeConfig(kind=kind, theta=theta, factor=factor, partial=partial)
     key = "original_max_position_embeddings"
-    holder = rope if rope.value(key) else get
+    # Where a family has the key beside the rope parameters, that one wins.
+    holder = rope if rope.value(key) and key not in get.defaults else get
     original = holder.size(key) if holder.value(key) else max_positions
-    optional = {
+    optional: dict[str, Any] = {
         key: rope.number(key, 1.0) if rope.value(key) else None
         for key in ("attention_factor", "mscale", "mscale_all_dim")
     }
@@ -215,6 +245,9 @@ def _read_rope(
         beta_fast=rope.number("beta_fast", 32.0),
         beta_slow=rope.number("beta_slow", 1.0),
         truncate=bool(rope.data.get("truncate", True)),
+        partial=partial,
+        short_factors=rope.numbers("short_factor", turning // 2) if kind == "longrope" else (),
+        long_factors=rope.numbers("long_factor", turning // 2) if kind == "longrope" else (),
         **optional,
     )
     if kind == "llama3" and config.high_freq_factor <= config.low_freq_factor:

@@ -29,6 +29,12 @@ class Family:
     scaled by the root of its width, and the keys have Gemma's names."""
     local_rope: bool = False
     """Layers with a window have a rope base of their own, rope_local_base_freq."""
+    partial_rotary: bool = False
+    """partial_rotary_factor holds."""
+    rope_aliases: Mapping[str, str] = field(default_factory=dict)
+    """Rope types that this architecture takes for another one."""
+    fused: bool = False
+    """q, k and v are one tensor in the checkpoint, and gate and up are."""
 
 
 _LLAMA_EOS = {"bos_token_id": 1, "eos_token_id": 2}
@@ -71,6 +77,20 @@ FAMILIES: dict[str, Family] = {
         biases=_ATTENTION_BIAS,
         qk_norm=True,
         windows="upper_layers",
+    ),
+    "Phi3ForCausalLM": Family(
+        model_type="phi3",
+        defaults={
+            "max_position_embeddings": 4096,
+            "original_max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-5,
+            "bos_token_id": 1,
+            "eos_token_id": 32000,
+        },
+        windows="always",
+        partial_rotary=True,
+        rope_aliases={"su": "longrope", "yarn": "longrope"},
+        fused=True,
     ),
     "Gemma2ForCausalLM": Family(
         model_type="gemma2",

@@ -118,8 +118,8 @@ def _norm(path: tuple[str | int, ...], tensor: str, width: int) -> Source:
 
 
 def tensor_name(layer: int, projection: str, kind: str = "weight") -> str:
-    """The checkpoint's name of a projection's weight or bias."""
-    attention = projection in (*GROUPS["qkv"], *GROUPS["o"])
+    """The checkpoint's name of a projection's (or fused module's) weight or bias."""
+    attention = projection in ("qkv_proj", *GROUPS["qkv"], *GROUPS["o"])
     return f"model.layers.{layer}.{'self_attn' if attention else 'mlp'}.{projection}.{kind}"
 
 
@@ -142,7 +142,7 @@ def _layer(cfg: ModelConfig, layout: Layout, layer: int) -> Iterator[Source]:
         yield Source(
             path=(*here, group, "weight", "kernel"),
             axes=axes,
-            parts=tuple((tensor_name(layer, part), rows) for part, rows in runs),
+            parts=tuple(_stored(cfg, layer, part, rows) for part, rows in runs),
             columns=layout.input_index(group),
             tensor_shape=(-1, cfg.shape(GROUPS[group][0])[0]),
             transposed=True,
@@ -151,9 +151,17 @@ def _layer(cfg: ModelConfig, layout: Layout, layer: int) -> Iterator[Source]:
             yield Source(
                 path=(*here, group, "bias"),
                 axes=axes[1:],
-                parts=tuple((tensor_name(layer, part, "bias"), rows) for part, rows in runs),
+                parts=tuple(_stored(cfg, layer, part, rows, "bias") for part, rows in runs),
                 tensor_shape=(-1,),
             )
+
+
+def _stored(
+    cfg: ModelConfig, layer: int, part: str, rows: np.ndarray, kind: str = "weight"
+) -> tuple[str, np.ndarray]:
+    """(tensor, its rows) that hold these rows of a projection."""
+    module, first = cfg.stored_in(part)
+    return tensor_name(layer, module, kind), np.where(rows < 0, -1, rows + first)
 
 
 def tensor_shapes(cfg: ModelConfig, table: list[Source]) -> dict[str, tuple[int, ...]]:

@@ -56,7 +56,7 @@ class Steps:
         dtype: str = "float32",
         copy_head: bool = True,
     ):
-        cfg = ModelConfig.from_folder(folder)
+        cfg = ModelConfig.from_folder(folder).for_context(max_len)
         layout, mesh = Layout(cfg, tp), make_mesh(tp)
         self.vocab, self.page = cfg.vocab, page
         model = load_weights(folder, layout, mesh, dtype, copy_head=copy_head)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jlora.errors import ModelError
-from jlora.models.config import GROUPS, PROJECTIONS, ModelConfig, group_of, rope_frequencies
+from jlora.models.config import FUSED, GROUPS, ModelConfig, group_of, rope_frequencies
 from tests.tiny import FAMILIES, model_config, model_shapes
 
 transformers = pytest.importorskip("transformers")
@@ -69,11 +69,14 @@ def test_a_config_that_transformers_has_saved_reads_the_same(tmp_path, tiny_mode
 def test_projection_shapes_are_those_of_the_tensors(family):
     config = model_config(family)
     cfg, shapes = ModelConfig.from_dict(config), model_shapes(config)
-    for projection in PROJECTIONS:
-        module = "self_attn" if group_of(projection) in ("qkv", "o") else "mlp"
+    for projection in cfg.modules:
+        module = (
+            "mlp" if "gate" in projection or projection in ("up_proj", "down_proj") else "self_attn"
+        )
         name = f"model.layers.0.{module}.{projection}"
         assert cfg.shape(projection) == shapes[f"{name}.weight"][::-1]
-        assert cfg.bias(group_of(projection)) == (f"{name}.bias" in shapes)
+        group = group_of(FUSED.get(projection, [projection])[0])
+        assert cfg.bias(group) == (f"{name}.bias" in shapes)
     assert [group_of(part) for parts in GROUPS.values() for part in parts] == [
         "qkv", "qkv", "qkv", "o", "gate_up", "gate_up", "down",
     ]  # fmt: skip
@@ -82,6 +85,8 @@ def test_projection_shapes_are_those_of_the_tensors(family):
 @pytest.mark.parametrize(
     ("family", "overrides", "windows"),
     [
+        ("phi3", {}, (16, 16)),
+        ("phi4_mini", {}, (None, None)),
         ("gemma2", {}, (16, None)),
         ("gemma3", {}, (16, 16, None)),
         ("gemma3", {"sliding_window_pattern": 2}, (16, None, 16)),
@@ -192,6 +197,28 @@ def test_rope_frequencies_equal_those_of_transformers(kind, head_dim, theta):
     assert my_scaling == pytest.approx(scaling, rel=1e-12)
 
 
+@pytest.mark.parametrize("original", [64, 96])
+@pytest.mark.parametrize("kind", ["longrope", "su", "yarn"])
+def test_longrope_frequencies_equal_those_of_transformers(kind, original):
+    pytest.importorskip("torch")
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    config = model_config("phi4_mini", original_max_position_embeddings=original)
+    config["rope_scaling"] = config["rope_scaling"] | {"type": kind}
+    ours, theirs = ModelConfig.from_dict(config), transformers.AutoConfig.for_model(**config)
+    assert (ours.default_context, ours.for_context(original).rope.long) == (original, False)
+    for length in (original, original + 1):
+        frequencies, scaling = ROPE_INIT_FUNCTIONS["longrope"](theirs, "cpu", seq_len=length)
+        mine, my_scaling = rope_frequencies(ours.for_context(length).rope, 16, ours.max_positions)
+        np.testing.assert_allclose(mine, frequencies.numpy(), rtol=5e-7, atol=0)
+        assert my_scaling == pytest.approx(scaling, rel=1e-12)
+
+
+def test_code_beside_a_checkpoint_that_transformers_would_not_run_either_is_no_reason_to_refuse():
+    auto_map = {"AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM"}
+    assert load("phi3", auto_map=auto_map) == load("phi3")
+
+
 def test_generation_config_decides_what_ends_a_text():
     config = model_config("llama")
     assert ModelConfig.from_dict(config, {"eos_token_id": [2, 7, 7]}).eos_ids == (2, 7)
@@ -202,7 +229,7 @@ def test_generation_config_decides_what_ends_a_text():
 
 
 def test_absent_keys_mean_what_they_mean_to_transformers():
-    for model_type in ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text"):
+    for model_type in ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3_text"):
         theirs = transformers.AutoConfig.for_model(model_type)
         config = {
             "model_type": model_type,
@@ -283,6 +310,23 @@ def test_what_cannot_be_served_is_refused_by_name_in_one_line(overrides, words):
 @pytest.mark.parametrize(
     ("family", "overrides", "words"),
     [
+        (
+            "phi3",
+            {"rope_scaling": {"type": "longrope", "short_factor": [1.0]}},
+            "needs long_factor",
+        ),
+        (
+            "phi3",
+            {"rope_scaling": {"type": "su", "short_factor": [1], "long_factor": [1]}},
+            "list of 8",
+        ),
+        ("phi3", {"partial_rotary_factor": 1.5}, "partial_rotary_factor 1.5"),
+        ("phi3", {"partial_rotary_factor": 0.45}, "turns 7 dimensions"),
+        (
+            "phi3",
+            {"auto_map": {"AutoModelForCausalLM": "modeling_x.OtherForCausalLM"}},
+            "remote code",
+        ),
         ("gemma2", {"hidden_activation": "relu"}, "hidden_activation is 'relu'"),
         ("gemma2", {"sliding_window": None}, "sliding_window"),
         ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),

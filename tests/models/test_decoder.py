@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from jlora.models.config import ModelConfig
 from tests.models.steps import Piece, Steps
 from tests.tiny import FAMILIES, model_config
 
@@ -69,6 +70,9 @@ def test_a_tied_head_without_its_copy_gives_the_same_logits(tiny_model, tp):
         ("llama31", {"rope_scaling": None, "rope_parameters": None}),
         ("llama_linear", {"rope_scaling": None}),
         ("llama_yarn", {"rope_scaling": None}),
+        ("phi3", {"sliding_window": None}),
+        ("phi4_mini", {"partial_rotary_factor": 1.0, "rope_scaling": None}),
+        ("phi4_mini", {"rope_scaling": None}),
         ("gemma2", {"sliding_window": 400}),
         ("gemma2", {"attn_logit_softcapping": None}),
         ("gemma2", {"final_logit_softcapping": None}),
@@ -94,7 +98,26 @@ def test_what_a_config_asks_for_changes_the_logits_by_more_than_the_tolerance(
 
 
 @pytest.mark.parametrize("tp", [1, 2])
-@pytest.mark.parametrize("family", ["gemma2", "gemma3"])
+def test_longrope_takes_the_long_factors_where_texts_may_outgrow_pretraining(tiny_model, tp):
+    """As transformers does for a text that has; the same engine keeps to them for short texts."""
+    folder = tiny_model("phi4_mini")
+    text = RNG.integers(4, 320, 120).tolist()
+    cfg = ModelConfig.from_folder(folder)
+    assert (cfg.default_context, cfg.rope.long) == (96, False)
+    steps = Steps(folder, tp, decode=1, prefill=64, max_len=128, texts=2)
+    parts = [steps.run(prefills=[Piece(0, at, text[at : at + 48])])[0] for at in (0, 48)] + [
+        steps.run([Piece(0, at, text[at : at + 1])])[0] for at in range(96, 120)
+    ]
+    expected = reference(folder, text)
+    assert_equal(np.concatenate(parts), expected)
+    short = Steps(folder, tp, decode=0, prefill=96, max_len=96, texts=1)
+    (ours,) = short.run(prefills=[Piece(0, 0, text[:96])])
+    assert_equal(ours, reference(folder, text[:96]))
+    assert np.abs(ours - expected[:96]).max() > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("family", ["gemma2", "gemma3", "phi3"])
 def test_greedy_text_past_the_window_equals_what_transformers_generates(tiny_model, family, tp):
     folder = tiny_model(family)
     steps = Steps(folder, tp, decode=1, prefill=16, texts=1)

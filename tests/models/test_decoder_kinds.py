@@ -1,11 +1,13 @@
 """Every kind of adapter that PEFT writes, side by side in one batch: the delta that peft makes."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from tests.models.steps import Piece, Steps
+from tests.tiny import FUSED
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -54,11 +56,23 @@ KINDS = {
 }  # fmt: skip
 
 
+def fused(options: dict[str, Any]) -> dict[str, Any]:
+    """The same kind for a model whose projections are fused."""
+    targets = dict.fromkeys(FUSED.get(name, name) for name in options["target_modules"])
+    pattern = {FUSED.get(name, name): r for name, r in options.get("rank_pattern", {}).items()}
+    saved = [name.replace("v_proj", "down_proj") for name in options.get("modules_to_save", [])]
+    changes = {"rank_pattern": pattern, "modules_to_save": saved or None}
+    return options | {"target_modules": list(targets)} | changes
+
+
 def make_adapter(model_folder: Path, folder: Path, kind: str) -> Path:
     """A folder that peft wrote, every trained tensor moved by random amounts."""
     torch.manual_seed(len(kind))
     model = transformers.AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
-    model = peft.get_peft_model(model, peft.LoraConfig(**KINDS[kind]))
+    options = (
+        fused(KINDS[kind]) if hasattr(model.model.layers[0].mlp, "gate_up_proj") else KINDS[kind]
+    )
+    model = peft.get_peft_model(model, peft.LoraConfig(**options))
     with torch.no_grad():
         for name, tensor in model.named_parameters():
             if tensor.requires_grad:
@@ -111,7 +125,15 @@ def run(model: Path, folders: list[Path], tp: int) -> list[np.ndarray]:
 
 @pytest.mark.parametrize(
     ("family", "tp"),
-    [("llama_bias", 1), ("llama_bias", 2), ("llama_odd", 1), ("llama_odd", 2), ("qwen2", 4)],
+    [
+        ("llama_bias", 1),
+        ("llama_bias", 2),
+        ("llama_odd", 1),
+        ("llama_odd", 2),
+        ("qwen2", 4),
+        ("gemma3", 2),
+        ("phi3", 2),
+    ],
 )
 def test_all_kinds_in_one_batch_make_the_deltas_that_peft_makes(tiny_model, adapters, family, tp):
     kinds = sorted(KINDS)
