@@ -164,7 +164,10 @@ async def run(
     bars("measurements", done, total)
     if done >= total:
         return True
-    async for one in measure(subject, workload, schedule, skip=results.keys):
+    measured = measure(
+        subject, workload, schedule, skip=results.keys, others_limit=options.others_limit
+    )
+    async for one in measured:
         results.add(one)
         done += 1
         bars("measurements", done, total)

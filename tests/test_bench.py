@@ -217,7 +217,7 @@ def test_every_model_is_warm_before_anything_is_measured():
     # The first of all with as many clients as are measured, the others one by one.
     assert models == [*"bb", *"bbbb", *"xyx", *"xyxy", *"xyxy", *"bbbb"]
     assert subject.cases == [case.label for case in (*cases, *reversed(cases))]
-    assert [one.seen for one in done] == [{"sent": 4, "rss": 5}] * 4
+    assert [one.seen for one in done] == [{"sent": 4, "rss": 5, "others_cpu": 0, "tries": 1}] * 4
 
 
 def test_what_is_measured_already_is_skipped():
@@ -227,6 +227,23 @@ def test_what_is_measured_already_is_skipped():
     skip = frozenset(one.key for one in every[:3])
     rest = asyncio.run(collect(subject, load, schedule, skip=skip))
     assert [one.key for one in rest] == [every[3].key]
+
+
+def test_a_run_that_others_disturb_is_repeated_and_the_calmest_counts():
+    subject, load = FakeSubject(), Workload(input_len=4, output_len=4, vocab=9**9)
+    busy = iter([0, 50, 50, 60, 60, 90])  # seconds that others took before and after each run
+
+    def counters() -> dict[str, float]:
+        return {"cpu_all": next(busy), "cpu_own": 0.0, "sent": len(subject.fake.seen)}
+
+    subject.counters = counters  # type: ignore[method-assign]
+    schedule = Schedule(cases=[BASE], loads=[2], num_prompts=4, repeats=1)
+    (one,) = asyncio.run(collect(subject, load, schedule, others_limit=0.1))
+    shares = one.seen["others_cpu"] * one.run.seconds * (os.cpu_count() or 1)
+    assert shares == pytest.approx(10, rel=0.01)
+    assert one.seen["tries"] == 3
+    prompts = [prompt for _, prompt in subject.fake.seen[2:]]
+    assert len(set(prompts)) == len(prompts) == 12
 
 
 def test_ratios_are_medians_of_ratios_within_a_round():

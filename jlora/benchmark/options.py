@@ -106,6 +106,9 @@ class BenchOptions(ModelOptions):
     out: str | None = None
     """JSON-lines file for every measurement. What is in it already is not measured again."""
 
+    others_limit: float | None = None
+    """Share of all cores that other processes may take during a measurement; else it is repeated, twice at most (in process, Linux)."""
+
     stop_after: float | None = None
     """Seconds after which no further measurement begins; exit status 75. The same command with --out goes on."""
 
@@ -115,7 +118,15 @@ class BenchOptions(ModelOptions):
             self._at_least(name, getattr(self, name), 1)
         self._at_least("vocab_size", self.vocab_size, 2)
         self._at_least("random_adapters", self.random_adapters, 0)
-        for name in ("cv", "zipf_s", "power_alpha", "duration", "length_sigma", "stop_after"):
+        for name in (
+            "cv",
+            "zipf_s",
+            "power_alpha",
+            "duration",
+            "length_sigma",
+            "stop_after",
+            "others_limit",
+        ):
             self._positive(name, getattr(self, name))
         for name in ("concurrency", "adapters_n", "rate"):
             values = getattr(self, name)
@@ -193,7 +204,7 @@ class BenchOptions(ModelOptions):
     def settings(self) -> dict[str, Any]:
         """What a measurement depends on: all options but where and how long."""
         found = asdict(self)
-        for name in ("out", "stop_after", "repeats"):
+        for name in ("out", "stop_after", "repeats", "others_limit"):
             del found[name]
         return found
 
