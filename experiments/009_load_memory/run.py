@@ -1,6 +1,6 @@
 """Peak memory of loading a 2 GB random checkpoint: the sharded model plus one tensor, or more?
 
-`python experiments/001_load_memory/run.py [--keep]` writes the checkpoint into a temporary folder,
+`python experiments/009_load_memory/run.py [--keep]` writes the checkpoint into a temporary folder,
 loads it in one fresh process per case, prints a table and a line of JSON, and deletes the folder.
 """
 

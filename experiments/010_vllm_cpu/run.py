@@ -1,6 +1,6 @@
 """jlora against vLLM-CPU: one machine, one client, one set of adapters, the servers taking turns.
 
-`python experiments/002_vllm_cpu/run.py --vllm-python /tmp/vllm-venv/bin/python` starts all servers
+`python experiments/010_vllm_cpu/run.py --vllm-python /tmp/vllm-venv/bin/python` starts all servers
 (an idle one uses no CPU), then loads them one at a time with `jlora.bench --base-url`, one case and
 concurrency after the other. A measurement during which other processes used the cores is repeated.
 Writes results.json beside itself and prints one table.
