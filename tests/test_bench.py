@@ -231,7 +231,9 @@ def test_what_is_measured_already_is_skipped():
 
 def test_a_run_that_others_disturb_is_repeated_and_the_calmest_counts():
     subject, load = FakeSubject(), Workload(input_len=4, output_len=4, vocab=9**9)
-    busy = iter([0, 50, 50, 60, 60, 90])  # seconds that others took before and after each run
+    busy = iter(
+        [0, 10**6, 10**6, 10**6 + 10, 10**6 + 10, 2 * 10**6]
+    )  # seconds that others took before and after each run
 
     def counters() -> dict[str, float]:
         return {"cpu_all": next(busy), "cpu_own": 0.0, "sent": len(subject.fake.seen)}
