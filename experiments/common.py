@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jlora.benchmark.report import print_table
+from jlora.benchmark.report import cell, print_table
 from jlora.benchmark.results import measurement, read_lines
 from jlora.benchmark.rounds import summarise
 
@@ -83,8 +83,14 @@ class Experiment:
             "--stop-after", type=float, help="seconds; exit 75, and the next call goes on"
         )
         parser.add_argument("--show", action="store_true", help="run nothing, print and plot")
+        parser.add_argument(
+            "--markdown", action="store_true", help="run nothing, print for a README"
+        )
         args = parser.parse_args()
         out = args.out or self.results(args.scale)
+        if args.markdown:
+            print("\n\n".join(markdown(group) for group in read_groups(out)))
+            return 0
         status = 0
         if not args.show:
             status = self._run(args.scale, out, args.stop_after)
@@ -112,6 +118,40 @@ class Experiment:
             print_table(group.rows, f"{self.folder.name}, {group.session['model']}")
         if groups and self.plot is not None:
             draw(self.plot, groups, out.with_suffix(".svg"))
+
+
+def markdown(group: Group) -> str:
+    """The medians of one process's settings as a table for a README."""
+    heads = (
+        "system",
+        "adapters",
+        "popularity",
+        "ranks",
+        "tok/s",
+        "spread",
+        "of base: median (rounds)",
+    )
+    heads += ("TTFT p50 / p99 ms", "ITL p50 / p99 ms", "evictions", "others' CPU")
+    lines = [f"| {' | '.join(heads)} |", "|---" * 4 + "|--:" * 7 + "|"]
+    for row in group.rows:
+        rounds = ", ".join(f"{ratio:.2f}" for ratio in row["ratio_rounds"])
+        cells = [
+            row["system"],
+            *(cell(key, row) for key in ("adapters", "popularity", "ranks", "tok_s", "spread")),
+            f"{cell('ratio_to_base', row)} ({rounds})",
+            f"{row['ttft_p50']:.0f} / {row['ttft_p99']:.0f}",
+            f"{row['itl_p50']:.0f} / {row['itl_p99']:.0f}",
+            f"{row.get('evicted_from_device', 0):.0f}",
+            f"{row.get('others_cpu', 0):.0%}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    host = group.session["host"]
+    lines += [
+        "",
+        f"Commit {', '.join(group.commits)}, {host['cpu']}, {host['cores']} cores, "
+        f"jax {group.session['versions']['jax']}.",
+    ]
+    return "\n".join(lines)
 
 
 def run(command: Sequence[str]) -> int:
