@@ -216,7 +216,7 @@ def report(found: Extracted) -> None:
     table = Table("layer", *names, title="relative error of each module's difference")
     for layer in sorted({layer for layer, _ in found.errors}):
         shown = (found.errors.get((layer, name)) for name in names)
-        table.add_row(str(layer), *("-" if e is None else f"{e:.1%}" for e in shown))
+        table.add_row(str(layer), *("-" if e is None else f"{e:.2%}" for e in shown))
     Console().print(table)
     if found.others:
         most = sorted(found.others.items(), key=lambda item: -item[1])

@@ -1,6 +1,6 @@
 """The best approximation of a given rank: of a matrix, or of a product that is never made.
 
-Small matrices go through LAPACK. Larger ones take a randomised subspace iteration (Halko,
+Small matrices are decomposed whole. Larger ones take a randomised subspace iteration (Halko,
 Martinsson, Tropp 2011): several times quicker, and its error was at most 1e-4 above the least one
 (2048 x 5632, rank 32; flat and decaying spectra).
 """
@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float
 
 EXACT = 1024
-"""Smaller side up to which LAPACK decomposes the whole matrix."""
+"""Smaller side up to which a matrix is decomposed whole."""
 _OVERSAMPLE = 16
 _MOST_ITERATIONS = 24
 _SETTLED = 1e-5
@@ -35,7 +35,10 @@ def of_matrix(matrix: Float[np.ndarray, "N K"], rank: int) -> Pair:
     """The nearest matrix of `rank` in the Frobenius norm, its singular values split evenly."""
     rank = min(rank, *matrix.shape)
     if min(matrix.shape) <= EXACT or rank + _OVERSAMPLE > min(matrix.shape) // 4:
-        return _pair(*np.linalg.svd(matrix, full_matrices=False), rank)
+        if matrix.shape[0] <= matrix.shape[1]:
+            return _projected(matrix, rank)
+        turned = _projected(matrix.T, rank)
+        return Pair(a=np.ascontiguousarray(turned.b.T), b=np.ascontiguousarray(turned.a.T))
     return _pair(*_randomised(matrix, rank + _OVERSAMPLE), rank)
 
 
@@ -45,6 +48,17 @@ def of_product(pair: Pair, rank: int) -> Pair:
     inner, a = np.linalg.qr(pair.a.T.astype(np.float64))
     u, s, vh = np.linalg.svd(b @ a.T, full_matrices=False)
     return _pair(outer @ u, s, vh @ inner.T, min(rank, len(s)))
+
+
+def _projected(matrix: Float[np.ndarray, "N K"], rank: int) -> Pair:
+    """The matrix projected on its leading left singular vectors: those of M M^T, in float64, many
+    times quicker than LAPACK's SVD and as exact as float32 can tell."""
+    work = matrix.astype(np.float64)
+    u = np.linalg.eigh(work @ work.T)[1][:, : -rank - 1 : -1]
+    inner = u.T @ work
+    root = np.sqrt(np.linalg.norm(inner, axis=1))
+    a = np.divide(inner, root[:, None], out=np.zeros_like(inner), where=root[:, None] > 0)
+    return Pair(a=a.astype(np.float32), b=(u * root).astype(np.float32))
 
 
 def _pair(u: np.ndarray, s: np.ndarray, vh: np.ndarray, rank: int) -> Pair:

@@ -76,7 +76,7 @@ def test_the_error_of_each_module_is_that_of_the_best_approximation(base, tmp_pa
         mine = cut.weights[place]
         error = np.linalg.norm(delta - mine.b @ mine.a) / np.linalg.norm(delta)
         np.testing.assert_allclose(error, least, rtol=1e-3)
-        assert f"{least:.1%}" in shown
+        assert f"{least:.2%}" in shown
 
 
 def test_modules_that_do_not_differ_are_left_out_and_the_files_are_readable(base, tmp_path):
