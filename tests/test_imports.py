@@ -62,7 +62,8 @@ ALLOWED = {
     | {"jlora.export", "jlora.models", "jlora.adapters", "jlora.sharding", "jlora.console"},
     "jlora.export.verify": {"jlora.llm", "jlora.options", "jlora.outputs", "jlora.engine.params"}
     | {"jlora.models.config", "jlora.adapters.adapter"},
-    "jlora.inspection": HOST | {"jlora.inspection", "jlora.models", "jlora.adapters"},
+    "jlora.inspection": HOST
+    | {"jlora.inspection", "jlora.models", "jlora.adapters", "jlora.export"},
     "jlora.engine": HOST
     | {"jlora.engine", "jlora.models", "jlora.adapters", "jlora.batch", "jlora.sharding"}
     | {"jlora.ops", "kernels_pallas"},  # types of a step's arrays, and the copy of active pages

@@ -1,6 +1,7 @@
 """`python -m jlora.inspect`: norms against peft's own deltas, and what it says of bad folders."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -68,10 +69,122 @@ def test_a_mistake_is_one_line(argv, reason, capsys):
     assert error.count("\n") == 1
 
 
-def test_what_would_be_refused_is_refused_here_with_the_same_reason(model, tmp_path, capsys):
-    folder = make_adapter(model, tmp_path / "a")
+def test_what_would_be_refused_is_told_with_the_same_reason_and_with_all_that_is_known(
+    model, tmp_path, capsys
+):
+    folder = make_adapter(model, tmp_path / "a", r=4, targets=["q_proj"])
     config = json.loads((folder / "adapter_config.json").read_text())
-    (folder / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
+    (folder / "adapter_config.json").write_text(
+        json.dumps(config | {"kasa_config": {"beta": 1}, "use_rslora": True})
+    )
+    for flags in ([], ["--json"]):
+        with pytest.raises(SystemExit) as stopped:
+            inspect.main([str(folder), "--model", str(model), *flags])
+        assert stopped.value.code == 2
+        shown = capsys.readouterr()
+        assert "KaSA (kasa_config) is not supported" in shown.err
+        assert shown.err.count("\n") == 1
+        if flags:
+            report = json.loads(shown.out)
+            assert "KaSA" in report["refused"]
+            assert report["rank"] == 4
+            told = {(v["system"].split()[0], v["outcome"]) for v in report["elsewhere"]}
+            assert told == {("vLLM", "refuses"), ("SGLang", "wrong")}
+        else:
+            assert "SGLang" in shown.out
+
+
+def test_dora_is_measured_as_peft_merges_it(model, tmp_path, capsys):
+    torch = pytest.importorskip("torch")
+    peft = pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    base = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    targets = ["q_proj", "embed_tokens"]
+    config = peft.LoraConfig(r=4, target_modules=targets, use_dora=True, task_type="CAUSAL_LM")
+    wrapped = peft.get_peft_model(base, config)
+    with torch.no_grad():
+        for parameter in wrapped.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    wrapped.save_pretrained(tmp_path / "a")
+    layers = wrapped.base_model.model.model.layers
+    modules = [layer.self_attn.q_proj for layer in layers]
+    modules.append(wrapped.base_model.model.model.embed_tokens)
+    before = [module.base_layer.weight.detach().clone() for module in modules]
+    wrapped.merge_adapter()
+    expected = [
+        torch.linalg.norm(module.base_layer.weight.detach() - old).item()
+        for module, old in zip(modules, before, strict=True)
+    ]
+    query, embed = report(capsys, tmp_path / "a", "--model", model)["projections"]
+    assert (query["name"], query["dora"], embed["name"]) == ("q_proj", True, "embed_tokens")
+    assert embed["numbers"] == [-1]
+    np.testing.assert_allclose([*query["norms"], *embed["norms"]], expected, rtol=1e-4)
+    shares = [e / torch.linalg.norm(old).item() for e, old in zip(expected, before, strict=True)]
+    np.testing.assert_allclose([*query["shares"], *embed["shares"]], shares, rtol=1e-4)
+
+
+def test_without_a_base_the_norms_are_told_and_that_nothing_was_checked(model, tmp_path, capsys):
+    folder = make_adapter(model, tmp_path / "a", r=4, alpha_pattern={"up_proj": 2.5})
+    bound = report(capsys, folder)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(
+        json.dumps(config | {"base_model_name_or_path": "org/name"})
+    )
+    free = report(capsys, folder)
+    assert (free["model"], free["uid"], free["refused"]) == (None, None, None)
+    known = {row["name"]: row for row in bound["projections"]}
+    assert known.keys() == {row["name"] for row in free["projections"]}
+    for row in free["projections"]:
+        same = known[row["name"]]
+        assert row["shares"] == []
+        assert row["scalings"] == same["scalings"]
+        np.testing.assert_allclose(row["norms"], same["norms"], rtol=1e-5)
+    assert inspect.main([str(folder)]) == 0
+    assert "give --model BASE" in capsys.readouterr().out
+
+
+def test_a_pickle_is_refused_without_a_base_too(model, tmp_path, capsys):
+    folder = make_adapter(model, tmp_path / "a")
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    for flags in ([], ["--model", str(model)]):
+        with pytest.raises(SystemExit):
+            inspect.main([str(folder), *flags])
+        assert "adapter_model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("bound", [True, False])
+def test_a_plot_is_a_picture_and_overwrites_nothing(model, tmp_path, capsys, bound):
+    pytest.importorskip("matplotlib")
+    folder = make_adapter(model, tmp_path / "a", targets=["q_proj", "up_proj"])
+    if not bound:
+        config = json.loads((folder / "adapter_config.json").read_text())
+        config["base_model_name_or_path"] = None
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+    picture = tmp_path / "norms.png"
+    assert inspect.main([str(folder), "--plot", str(picture)]) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    capsys.readouterr()
+    for path, reason in (
+        (picture, "exists"),
+        (tmp_path / "norms.txt", ".png"),
+        (tmp_path / "nowhere" / "norms.png", "cannot be written"),
+    ):
+        with pytest.raises(SystemExit):
+            inspect.main([str(folder), "--plot", str(path)])
+        error = capsys.readouterr().err
+        assert reason in error
+        assert error.count("\n") == 1
+
+
+def test_without_matplotlib_the_plot_is_one_line_with_what_to_install(
+    model, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    folder = make_adapter(model, tmp_path / "a", targets=["q_proj"])
     with pytest.raises(SystemExit):
-        inspect.main([str(folder), "--model", str(model)])
-    assert "DoRA" in capsys.readouterr().err
+        inspect.main([str(folder), "--plot", str(tmp_path / "norms.png")])
+    error = capsys.readouterr().err
+    assert "pip install 'jlora[plot]'" in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "norms.png").exists()

@@ -1,0 +1,139 @@
+"""How much an adapter changes each weight: `describe`, or without the base `unbound`."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from jlora.adapters.adapter import NO_LAYER, Adapter, LoraWeights
+from jlora.adapters.lora_config import LoraConfig
+from jlora.adapters.peft import WEIGHTS_FILE
+from jlora.adapters.tensors import TensorInfo, open_regular, read_header, read_tensor
+from jlora.export.changes import LoraChange
+from jlora.export.svd import Pair
+from jlora.models.base import BaseWeights
+from jlora.models.config import MODULES, VOCAB_GROUPS
+
+NAMES = (*MODULES, *(part for parts in VOCAB_GROUPS.values() for part in parts))
+"""All that an adapter may change, in the model's order."""
+
+_HALF = re.compile(
+    r"(?P<module>[^\n]+)\.lora_(?P<table>embedding_)?(?P<half>[AB])(?:\.(?!weight$)[A-Za-z0-9_-]+)?(?:\.weight)?"
+)
+_LAYER = re.compile(r"\.([0-9]{1,6})\.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Projection:
+    """One projection of all layers."""
+
+    name: str
+    layers: int
+    numbers: tuple[int, ...]
+    """The layers, ascending; -1 for what is in none."""
+    ranks: tuple[int, ...]
+    scalings: tuple[float, ...]
+    parameters: int
+    """Of the pairs."""
+    norms: tuple[float, ...]
+    """Frobenius norm of the change of the weight, by layer."""
+    shares: tuple[float, ...]
+    """The same as a share of the base weight's norm; empty if the base is not known."""
+    dora: bool
+    """Outputs are scaled."""
+    biases: int
+    """Layers in which its bias changes."""
+
+
+def describe(adapter: Adapter, base: BaseWeights) -> list[Projection]:
+    """One entry for each projection that the adapter touches, in the model's order."""
+    rows = []
+    for name in NAMES:
+        places = sorted(place for place in adapter.touched if place[1] == name)
+        if not places:
+            continue
+        pairs = [adapter.weights[place] for place in places if place in adapter.weights]
+        own = [adapter.vectors[place] for place in places if place in adapter.vectors]
+        sizes = [_sizes(adapter, place, base) for place in places]
+        rows.append(
+            Projection(
+                name=name,
+                layers=len(places),
+                numbers=tuple(layer for layer, _ in places),
+                ranks=tuple(sorted({pair.rank for pair in pairs})),
+                scalings=tuple(sorted({pair.scaling for pair in pairs})),
+                parameters=sum(pair.a.size + pair.b.size for pair in pairs),
+                norms=tuple(change for change, _ in sizes),
+                shares=tuple(change / whole if whole else 0.0 for change, whole in sizes),
+                dora=any(vectors.scale is not None for vectors in own),
+                biases=sum(vectors.offset is not None for vectors in own),
+            )
+        )
+    return rows
+
+
+def _sizes(adapter: Adapter, place: tuple[int, str], base: BaseWeights) -> tuple[float, float]:
+    """Norm of a weight's change, and of the weight."""
+    pair, own = adapter.weights.get(place), adapter.vectors.get(place)
+    scale = own.scale if own is not None else None
+    folded = None
+    if pair is not None and scale is not None:
+        b = pair.b.astype(np.float32) * np.float32(pair.scaling)
+        folded = Pair(a=pair.a.astype(np.float32), b=b)
+    change = LoraChange(pair=folded, scale=scale, table=place[1] == "embed_tokens")
+    whole = moved = 0.0
+    for rows, block in base.blocks(*place):
+        whole += float(np.sum(np.square(block, dtype=np.float64)))
+        if scale is not None:  # not of low rank: there is no way around the whole weight
+            difference = change.rows(block, rows.start) - block
+            moved += float(np.sum(np.square(difference, dtype=np.float64)))
+    if scale is None:
+        return (delta_norm(pair) if pair is not None else 0.0), whole**0.5
+    return moved**0.5, whole**0.5
+
+
+def delta_norm(pair: LoraWeights) -> float:
+    """Frobenius norm of scaling · B A, from two rank x rank products: B A is never made."""
+    a, b = pair.a.astype(np.float64), pair.b.astype(np.float64)
+    square = float(np.sum((a @ a.T) * (b.T @ b)))
+    return abs(pair.scaling) * max(square, 0.0) ** 0.5
+
+
+def unbound(folder: Path, config: LoraConfig) -> list[Projection]:
+    """What can be said without the base, or of an adapter that is refused: its whole pairs, by the
+    last word of their modules' names."""
+    halves: dict[str, dict[str, TensorInfo]] = {}
+    found: dict[str, list[tuple[int, LoraWeights]]] = {}
+    with open_regular(folder / WEIGHTS_FILE) as file:
+        for key, info in read_header(file, folder / WEIGHTS_FILE).items():
+            match = _HALF.fullmatch(key)
+            if match is not None and len(info.shape) == 2:
+                halves.setdefault(match["module"], {})[match["half"]] = info
+        for module, pair in halves.items():
+            if len(pair) < 2 or pair["A"].shape[0] != pair["B"].shape[1] or not pair["A"].shape[0]:
+                continue
+            a, b = (read_tensor(file, folder / WEIGHTS_FILE, pair[half]) for half in "AB")
+            scaling = config.scaling_of(module.removeprefix("base_model.model."), len(a))
+            number = _LAYER.search(module)
+            weights = LoraWeights(a=a, b=b, rank=len(a), scaling=scaling)
+            layer = int(number[1]) if number else NO_LAYER
+            found.setdefault(module.rsplit(".", 1)[-1], []).append((layer, weights))
+    return [_unbound(name, pairs) for name, pairs in sorted(found.items())]
+
+
+def _unbound(name: str, pairs: Sequence[tuple[int, LoraWeights]]) -> Projection:
+    ordered = sorted(pairs, key=lambda item: item[0])
+    return Projection(
+        name=name,
+        layers=len(ordered),
+        numbers=tuple(layer for layer, _ in ordered),
+        ranks=tuple(sorted({pair.rank for _, pair in ordered})),
+        scalings=tuple(sorted({pair.scaling for _, pair in ordered})),
+        parameters=sum(pair.a.size + pair.b.size for _, pair in ordered),
+        norms=tuple(delta_norm(pair) for _, pair in ordered),
+        shares=(),
+        dora=False,
+        biases=0,
+    )
