@@ -13,8 +13,8 @@ from rich.table import Table
 
 from jlora.adapters.adapter import Adapter
 from jlora.adapters.lora_config import CONFIG_FILE, MAX_CONFIG, check_config
-from jlora.adapters.peft import WEIGHTS_FILE, read_adapter
-from jlora.adapters.tensors import TensorInfo, open_regular, parse_json, read_header, read_small
+from jlora.adapters.peft import open_weights, read_adapter
+from jlora.adapters.tensors import TensorInfo, parse_json, read_small
 from jlora.cli import fail, parse
 from jlora.console import setup_logging, size
 from jlora.errors import AdapterError, AdapterNotFound, JloraError, ParameterError
@@ -139,10 +139,11 @@ def _raw(folder: Path) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
     config = parse_json(read_small(path, MAX_CONFIG), str(path))
     if not isinstance(config, dict):
         raise AdapterError(f"{path} holds {type(config).__name__}, expected an object")
-    if not (folder / WEIGHTS_FILE).is_file():
-        return config, {}  # the reason comes from the reader
-    with open_regular(folder / WEIGHTS_FILE) as file:
-        return config, read_header(file, folder / WEIGHTS_FILE)
+    try:
+        with open_weights(folder) as (_, _, header):
+            return config, header
+    except AdapterError:
+        return config, {}  # the reader says why
 
 
 def _is_a(name: str, info: TensorInfo) -> bool:
@@ -156,7 +157,7 @@ def _judged(
     try:
         if cfg is None or model is None:
             check_config(config, str(folder / CONFIG_FILE))
-            with open_regular(folder / WEIGHTS_FILE):
+            with open_weights(folder):
                 return None, None
         return read_adapter(folder, cfg, BaseWeights(Path(model), cfg)), None
     except AdapterError as error:

@@ -77,6 +77,7 @@ def test_what_would_be_refused_is_told_with_the_same_reason_and_with_all_that_is
     (folder / "adapter_config.json").write_text(
         json.dumps(config | {"kasa_config": {"beta": 1}, "use_rslora": True})
     )
+    capsys.readouterr()  # what transformers printed
     for flags in ([], ["--json"]):
         with pytest.raises(SystemExit) as stopped:
             inspect.main([str(folder), "--model", str(model), *flags])
@@ -144,13 +145,38 @@ def test_without_a_base_the_norms_are_told_and_that_nothing_was_checked(model, t
     assert "give --model BASE" in capsys.readouterr().out
 
 
-def test_a_pickle_is_refused_without_a_base_too(model, tmp_path, capsys):
-    folder = make_adapter(model, tmp_path / "a")
-    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
-    for flags in ([], ["--model", str(model)]):
-        with pytest.raises(SystemExit):
-            inspect.main([str(folder), *flags])
-        assert "adapter_model" in capsys.readouterr().err
+@pytest.mark.parametrize("bound", [True, False])
+def test_garbled_weights_are_refused_and_the_config_is_still_told(model, tmp_path, capsys, bound):
+    folder = make_adapter(model, tmp_path / "a", rslora=True)
+    weights = folder / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    if not bound:
+        config = json.loads((folder / "adapter_config.json").read_text())
+        config["base_model_name_or_path"] = None
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        inspect.main([str(folder), "--json"])
+    shown = capsys.readouterr()
+    assert "is not a safetensors file or is truncated" in shown.err
+    assert "truncated" in json.loads(shown.out)["refused"]
+
+
+def test_a_torch_file_is_told_without_a_base(model, tmp_path, capsys):
+    torch = pytest.importorskip("torch")
+    load = pytest.importorskip("safetensors.torch").load_file
+    folder = make_adapter(model, tmp_path / "a", r=4)
+    expected = report(capsys, folder)["projections"]
+    weights = folder / "adapter_model.safetensors"
+    torch.save(load(weights), folder / "adapter_model.bin")
+    weights.unlink()
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = None
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    got = {row["name"]: row["norms"] for row in report(capsys, folder)["projections"]}
+    assert got.keys() == {row["name"] for row in expected}
+    for row in expected:
+        np.testing.assert_allclose(got[row["name"]], row["norms"], rtol=1e-5)
 
 
 @pytest.mark.parametrize("bound", [True, False])
@@ -182,6 +208,7 @@ def test_without_matplotlib_the_plot_is_one_line_with_what_to_install(
 ):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     folder = make_adapter(model, tmp_path / "a", targets=["q_proj"])
+    capsys.readouterr()  # what transformers printed
     with pytest.raises(SystemExit):
         inspect.main([str(folder), "--plot", str(tmp_path / "norms.png")])
     error = capsys.readouterr().err

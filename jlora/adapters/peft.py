@@ -68,7 +68,7 @@ def read_adapter(
     folder = Path(path)
     _check_folder(folder)
     config = read_config(folder)
-    with _open_weights(folder) as (file, weights_path, header):
+    with open_weights(folder) as (file, weights_path, header):
         total = sum(info.nbytes for info in header.values())
         if total > max_bytes:
             raise AdapterError(f"{folder} holds {total} bytes, more than the limit of {max_bytes}")
@@ -98,7 +98,7 @@ def required_support(path: str | Path, cfg: ModelConfig) -> Support:
     """What an engine must support for this adapter, from its names alone. Raises as read_adapter."""
     folder = Path(path)
     _check_folder(folder)
-    with _open_weights(folder) as (_, _, header):
+    with open_weights(folder) as (_, _, header):
         modules = sort_tensors(header, cfg, folder)
     if any(layer == NO_LAYER for layer, _ in modules):
         return "full"
@@ -221,7 +221,7 @@ def _check_folder(folder: Path) -> None:
 
 
 @contextmanager
-def _open_weights(folder: Path) -> Iterator[tuple[BinaryIO, Path, dict[str, TensorInfo]]]:
+def open_weights(folder: Path) -> Iterator[tuple[BinaryIO, Path, dict[str, TensorInfo]]]:
     """(open file, its path, its tensors): safetensors, else what torch.save wrote."""
     names = (WEIGHTS_FILE, *TORCH_FILES)
     path = folder / next((name for name in names if os.path.lexists(folder / name)), WEIGHTS_FILE)

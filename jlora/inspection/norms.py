@@ -9,8 +9,8 @@ import numpy as np
 
 from jlora.adapters.adapter import NO_LAYER, Adapter, LoraWeights
 from jlora.adapters.lora_config import LoraConfig
-from jlora.adapters.peft import WEIGHTS_FILE
-from jlora.adapters.tensors import TensorInfo, open_regular, read_header, read_tensor
+from jlora.adapters.peft import open_weights
+from jlora.adapters.tensors import TensorInfo, read_tensor
 from jlora.export.changes import LoraChange
 from jlora.export.svd import Pair
 from jlora.models.base import BaseWeights
@@ -106,15 +106,15 @@ def unbound(folder: Path, config: LoraConfig) -> list[Projection]:
     last word of their modules' names."""
     halves: dict[str, dict[str, TensorInfo]] = {}
     found: dict[str, list[tuple[int, LoraWeights]]] = {}
-    with open_regular(folder / WEIGHTS_FILE) as file:
-        for key, info in read_header(file, folder / WEIGHTS_FILE).items():
+    with open_weights(folder) as (file, path, header):
+        for key, info in header.items():
             match = _HALF.fullmatch(key)
             if match is not None and len(info.shape) == 2:
                 halves.setdefault(match["module"], {})[match["half"]] = info
         for module, pair in halves.items():
             if len(pair) < 2 or pair["A"].shape[0] != pair["B"].shape[1] or not pair["A"].shape[0]:
                 continue
-            a, b = (read_tensor(file, folder / WEIGHTS_FILE, pair[half]) for half in "AB")
+            a, b = (read_tensor(file, path, pair[half]) for half in "AB")
             scaling = config.scaling_of(module.removeprefix("base_model.model."), len(a))
             number = _LAYER.search(module)
             weights = LoraWeights(a=a, b=b, rank=len(a), scaling=scaling)
