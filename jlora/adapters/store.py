@@ -176,15 +176,22 @@ class AdapterStore(Generic[S]):
             record = self._mixes.pop(name, None)
             if record is not None:
                 self._mixes[name] = record
-                if record.entry.mix == parts and record.generations == _generations(parts):
+                if record.entry.mix == parts and record.generations == tuple(
+                    entry.generation for entry, _ in parts
+                ):
                     return record.entry
         entry = self._register(name, name, self._mixes, mix=parts)
         with self._lock:
             if (record := self._mixes.get(name)) is not None:
-                record.generations = _generations(parts)
+                record.generations = tuple(entry.generation for entry, _ in parts)
             while len(self._mixes) > MAX_MIXES:
                 self._start_drain(next(iter(self._mixes.values())))
         return entry
+
+    def __contains__(self, name: str) -> bool:
+        """Whether an adapter of this name is loaded."""
+        with self._lock:
+            return name in self._names
 
     def adapters(self) -> list[dict[str, object]]:
         """One dictionary per loaded adapter, in load order (GET /v1/adapters)."""
@@ -391,8 +398,3 @@ class AdapterStore(Generic[S]):
             self._start_reads()
         if self.on_change is not None:
             self.on_change()
-
-
-def _generations(parts: tuple[tuple[AdapterEntry, float], ...]) -> tuple[int, ...]:
-    """What of its adapters a mix was made of: one that changed makes it stale."""
-    return tuple(entry.generation for entry, _ in parts)

@@ -104,6 +104,56 @@ def test_greedy_tokens_over_http_equal_peft(live: Running, oracle: Oracle, name:
     assert oracle.greedy("r4", PROMPTS[0]) != oracle.greedy(None, PROMPTS[0])
 
 
+def test_a_mix_of_adapters_over_http_equals_peft(live: Running, oracle: Oracle):
+    weights = {"r4": 0.7, "r24": -0.4}
+    oracle.model.add_weighted_adapter(
+        [*weights], [*weights.values()], "mix", combination_type="cat"
+    )
+    want = oracle.greedy("mix", PROMPTS[1])
+    oracle.model.delete_adapter("mix")
+    assert want != oracle.greedy("r4", PROMPTS[1])
+    assert ids_of(live, model="r4*0.7+r24*-0.4", prompt=PROMPTS[1]) == want
+    body = {"prompt": PROMPTS[1], "max_tokens": NEW, "temperature": 0, "ignore_eos": True}
+    given = live.post("/v1/completions", body | {"model": weights, "return_token_ids": True})
+    assert given.json()["choices"][0]["token_ids"] == want
+    for model, status, told in (
+        ("r4*0.7+nobody*0.3", 404, "There are: tiny, r4, r24"),
+        ("r4+r4", 400, "twice"),
+        ({"r4": "much"}, 400, "model"),
+        ({}, 400, "model"),
+    ):
+        bad = live.post("/v1/completions", body | {"model": model})
+        assert bad.status_code == status
+        assert told in bad.text
+    listed = [card["id"] for card in live.get("/v1/models").json()["data"]]
+    assert listed == ["tiny", "r4", "r24"]
+
+
+def test_an_adapter_is_merged_and_unmerged_over_http(live: Running, oracle: Oracle):
+    def merged() -> list[str]:
+        data = live.get("/v1/adapters").json()["data"]
+        return [facts["name"] for facts in data if facts["merged"]]
+
+    assert live.post("/v1/adapters/nobody/merge", {}).status_code == 404
+    assert live.post("/v1/adapters/tiny/merge", {}).status_code == 404
+    assert live.post("/v1/adapters/r4/unmerge", {}).status_code == 409
+    assert live.post("/v1/adapters/r24/merge", {}).json()["merged"] is True
+    try:
+        assert merged() == ["r24"]
+        want = oracle.greedy("r24", PROMPTS[0])
+        assert ids_of(live, model="r24", prompt=PROMPTS[0]) == want
+        for other in ("tiny", "r4"):
+            refused = live.post("/v1/completions", {"model": other, "prompt": PROMPTS[0]})
+            assert refused.status_code == 409
+            assert "'r24' is merged" in refused.json()["error"]["message"]
+        assert live.post("/v1/adapters/r4/merge", {}).status_code == 409
+        assert live.post("/v1/unload_lora_adapter", {"lora_name": "r24"}).status_code == 409
+    finally:
+        assert live.post("/v1/adapters/r24/unmerge", {}).json()["unmerged"] is True
+    assert merged() == []
+    assert ids_of(live, model="tiny", prompt=PROMPTS[0]) == oracle.greedy(None, PROMPTS[0])
+
+
 @pytest.mark.parametrize("name", [None, "r24"])
 def test_echoed_scores_equal_transformers(live: Running, oracle: Oracle, name: str | None):
     """What lm-eval reads, within 1e-3; and the adapter's scores are far from the base model's."""
