@@ -4,6 +4,7 @@ Each section is the experiment's README, its plots and its tables, straight from
 """
 
 import html
+import re
 import sys
 from pathlib import Path
 
@@ -44,7 +45,8 @@ def main() -> int:
 def section(folder: Path) -> str:
     """README, plots, tables."""
     text = (folder / "README.md").read_text(encoding="utf-8")
-    parts = [MarkdownIt("commonmark").enable("table").render(text)]
+    page = MarkdownIt("commonmark").enable("table").render(text)
+    parts = [re.sub(r"<p><img [^>]*></p>", "", page)]  # plots follow, in the page itself
     for scale in SCALES:
         if scale == "smoke":  # says nothing
             continue
