@@ -156,7 +156,9 @@ def compute(options: PlanOptions, cfg: ModelConfig, device: Device) -> dict[str,
     step = {"rows": options.rows, "context": options.context, "rank": options.rank}
     without = floor(cfg, device, active=0, dtype=dtype, **step)
     least = floor(cfg, device, active=active, dtype=dtype, **step)
-    share = reached({name: shape_config(name) for name in SHAPES}, device, MEASURED)
+    shapes = {name: shape_config(name) for name in SHAPES}
+    share = reached(shapes, device, MEASURED, options.rows)
+    timed = [point for point in MEASURED if point.device == device.name]
     return {
         "model": cfg.name,
         "device": device.name,
@@ -179,7 +181,7 @@ def compute(options: PlanOptions, cfg: ModelConfig, device: Device) -> dict[str,
         "expected_ms": 1e3 * least.seconds / share,
         "expected_tok_s": options.rows * share / least.seconds,
         "measured": [
-            measured_error(point, share) for point in MEASURED if point.device == device.name
+            measured_error(point, reached(shapes, device, MEASURED, point.rows)) for point in timed
         ],
     }
 
@@ -269,7 +271,7 @@ def show(options: PlanOptions, cfg: ModelConfig, device: Device, plan: dict[str,
         timed.add_row(
             f"{row['shape']} ({row['source']})", str(row["rows"]), str(row["active"]),
             f"{row['floor_ms']:.2f}", f"{row['expected_ms']:.2f}", f"{row['measured_ms']:.2f}",
-            f"{row['error']:+.0%}",
+            f"{row['error']:+.0%}" if row["active"] else "fitted",
         )  # fmt: skip
     out.print(timed)
 

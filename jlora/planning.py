@@ -5,6 +5,7 @@ product is computed, whichever takes longer. The forecast is the floor divided b
 that this engine was measured to reach on the same device. No jax.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -201,6 +202,8 @@ class Measured:
     source: str
 
 
+_CPU_001 = "ITL p50; experiments/001_merged_vs_unmerged"
+_CPU_010 = "ITL p50; experiments/010_vllm_cpu, 1f0e238"
 _H100 = "experiments/LOG.md, dd1884d, before attention and sampling were sped up"
 MEASURED = (
     Measured(
@@ -215,15 +218,44 @@ MEASURED = (
         device="h100", shape="llama-3.1-8b", rows=32, context=160, active=8, rank=16,
         step=12.0e-3 * 2224 / 1881, source=f"from the ratio of tok/s; {_H100}",
     ),
+    Measured(
+        device="cpu", shape="smollm2-135m", rows=1, context=96, active=0, rank=0, step=37e-3,
+        source=_CPU_010,
+    ),
+    Measured(
+        device="cpu", shape="smollm2-135m", rows=32, context=96, active=0, rank=0, step=199e-3,
+        source=_CPU_010,
+    ),
+    Measured(
+        device="cpu", shape="smollm2-135m", rows=32, context=96, active=4, rank=16, step=276e-3,
+        source=_CPU_010,
+    ),
+    Measured(
+        device="cpu", shape="smollm2-135m", rows=8, context=76, active=0, rank=0, step=93e-3,
+        source=_CPU_001,
+    ),
+    Measured(
+        device="cpu", shape="smollm2-135m", rows=8, context=76, active=1, rank=16, step=74e-3,
+        source=_CPU_001,
+    ),
+    Measured(
+        device="cpu", shape="smollm2-135m", rows=8, context=76, active=5, rank=16, step=86e-3,
+        source=_CPU_001,
+    ),
 )  # fmt: skip
 """What forecasts stand on. Other devices have none: their forecast is the floor, and says so."""
 
 
-def reached(cfg_of: dict[str, ModelConfig], device: Device, points: Sequence[Measured]) -> float:
-    """The share of the floor that the device's step without adapters reaches; 1 if none was timed."""
+def reached(
+    cfg_of: dict[str, ModelConfig], device: Device, points: Sequence[Measured], rows: int
+) -> float:
+    """The share of the floor that a step without adapters reaches on the device: that of the timed
+    one whose rows are the nearest by ratio; 1 if none was timed."""
     base = [point for point in points if point.device == device.name and not point.active]
-    shares = [floor_of(cfg_of[point.shape], device, point).seconds / point.step for point in base]
-    return sum(shares) / len(shares) if shares else 1.0
+    if not base:
+        return 1.0
+    nearest = min(base, key=lambda point: abs(math.log(point.rows / rows)))
+    return floor_of(cfg_of[nearest.shape], device, nearest).seconds / nearest.step
 
 
 def floor_of(cfg: ModelConfig, device: Device, point: Measured) -> Floor:
