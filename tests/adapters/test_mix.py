@@ -77,8 +77,9 @@ def test_a_mix_is_the_weighted_sum_of_the_deltas_and_of_the_biases() -> None:
         return pair.scaling * pair.b @ pair.a
 
     np.testing.assert_allclose(delta(mix), 0.7 * delta(one) - 0.2 * delta(two), atol=1e-5)
-    assert mix.vectors[place].offset is not None
-    np.testing.assert_allclose(mix.vectors[place].offset, np.float32(0.7) * bias)
+    offset = mix.vectors[place].offset
+    assert offset is not None
+    np.testing.assert_allclose(offset, np.float32(0.7) * bias)
     assert mix.rank == 5
     assert mix.uid != mixed("m", [one, two], [0.7, -0.3]).uid
 

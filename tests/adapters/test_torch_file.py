@@ -157,7 +157,10 @@ def test_pickles_that_ask_for_much_are_refused_at_once(tmp_path: Path) -> None:
             read(repack(path, tmp_path / f"{name}.bin", lambda _, data=data: data))
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+CHECKS = (HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.data_too_large)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=CHECKS)
 @given(st.data())
 def test_a_garbled_file_is_read_as_finite_tensors_or_refused_in_one_line(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject

@@ -20,7 +20,7 @@ transformers = pytest.importorskip("transformers")
 RNG = np.random.default_rng(5)
 PROMPTS = [RNG.integers(4, 320, n).tolist() for n in (5, 16, 23, 37, 9, 61)]
 NEW = 12
-SMALL = {"max_model_len": 128, "max_num_seqs": 4, "max_num_batched_tokens": 64}
+SMALL: dict[str, Any] = {"max_model_len": 128, "max_num_seqs": 4, "max_num_batched_tokens": 64}
 
 
 class Adapters:

@@ -1,5 +1,7 @@
 """Adapters that are more than pairs, in the real engine: greedy tokens and scores equal PEFT's."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -33,7 +35,7 @@ def test_every_kind_in_one_batch_generates_and_scores_as_peft_does_alone(made, m
 
     folder, paths = made
     modules = tuple(f"{kind}={path}" for kind, path in paths.items())
-    options = SMALL | {"max_num_seqs": 8, "mesh": mesh, "max_loras": 8}
+    options: dict[str, Any] = SMALL | {"max_num_seqs": 8, "mesh": mesh, "max_loras": 8}
     parts = build_engine(ModelOptions(model=str(folder), lora_modules=modules, **options))
     try:
         names = (None, *KINDS)

@@ -2,6 +2,7 @@
 and the base comes back bit for bit."""
 
 import threading
+from typing import Any
 
 import numpy as np
 import pytest
@@ -33,11 +34,11 @@ def parts(request, tiny_model, tiny_adapter, tmp_path_factory):
     parts.engine.shutdown(0)
 
 
-def weights(parts):
+def weights(parts: Any) -> list[bytes]:
     return [np.asarray(leaf).tobytes() for leaf in parts.in_place._programs.weights]
 
 
-def entry(parts, name):
+def entry(parts: Any, name: str) -> Any:
     return parts.store.resolve(name, parts.names)
 
 
@@ -110,6 +111,7 @@ def test_an_engine_can_start_with_an_adapter_merged(tiny_model, tiny_adapter):
         assert Job(parts, PROMPTS[0], "r8").tokens == adapters.greedy("r8", PROMPTS[0])
         with pytest.raises(ConflictError):
             Job(parts, PROMPTS[0])
+        assert parts.in_place is not None
         parts.in_place.unmerge(entry(parts, "r8"))
         assert Job(parts, PROMPTS[0]).tokens == adapters.greedy(None, PROMPTS[0])
     finally:

@@ -73,7 +73,8 @@ class Steps:
             base = BaseWeights(folder, cfg)
             layouts = [read_adapter(path, cfg, base) for path in adapters]
             count = 1 + sum(-(-max(a.rank, 1) // PAGE) for a in layouts)
-            support = max((a.support for a in layouts), key=SUPPORT.index)
+            needed = {a.support for a in layouts}
+            support = [level for level in SUPPORT if level in needed][-1]
             pages = RankPages(cfg, layout, mesh, count, dtype, support=support)
             free = list(range(pages.num_pages, 0, -1))  # not in order, and one stays unused
             for adapter in layouts:
