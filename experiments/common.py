@@ -4,6 +4,7 @@ process each, into results/SCALE.jsonl, then prints the table and draws the plot
 
 import argparse
 import os
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -17,8 +18,8 @@ from jlora.benchmark.rounds import summarise
 
 ROOT = Path(__file__).parent.parent
 SCALES = ("smoke", "cpu", "h100", "h200x2")
-MORE_LEFT = 75
-"""Exit status of a run that --stop-after cut."""
+DISTURBED = 0.1
+"""Runs during which other processes took more of the cores count for nothing, base or not."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,13 +39,15 @@ class Group:
 
 
 def read_groups(path: Path) -> list[Group]:
-    """The results of a file by settings, in the order in which they were first measured."""
+    """The results of a file by settings, in the order in which they were first measured, without
+    the disturbed runs; all of them if there are no others (memory is as it is)."""
     lines = read_lines(path) if path.exists() else []
     groups = []
     for settings in dict.fromkeys(line["settings"] for line in lines):
         here = [line for line in lines if line["settings"] == settings]
         sessions = [line for line in here if line["kind"] == "session"]
-        runs = [measurement(line) for line in here if line["kind"] == "run"]
+        every = [measurement(line) for line in here if line["kind"] == "run"]
+        runs = [run for run in every if run.seen.get("others_cpu", 0.0) <= DISTURBED] or every
         if sessions and runs:
             commits = tuple(dict.fromkeys(str(line["commit"]) for line in sessions))
             groups.append(Group(session=sessions[-1], rows=summarise(runs), commits=commits))
@@ -179,7 +182,7 @@ def draw(plot: Plot, groups: list[Group], path: Path) -> None:
 def error_bars(rows: Sequence[dict[str, Any]], key: str = "ratio") -> tuple[list, list]:
     """(medians, [below, above]) of `ratio_rounds` or `tok_s_rounds`, for matplotlib."""
     every = [row[f"{key}_rounds"] or [0.0] for row in rows]
-    middle = [sorted(values)[len(values) // 2] for values in every]
+    middle = [statistics.median(values) for values in every]
     below = [m - min(values) for m, values in zip(middle, every, strict=True)]
     above = [max(values) - m for m, values in zip(middle, every, strict=True)]
     return middle, [below, above]
