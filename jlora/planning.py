@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from jlora.models.config import PROJECTIONS, ModelConfig
+from jlora.models.config import GROUPS, PROJECTIONS, ModelConfig
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -59,7 +59,7 @@ class Parameters:
     head: int
     """0 if the embedding serves as one."""
     layers: int
-    """Projections of all layers."""
+    """Projections of all layers; routers and experts too."""
     rest: int
     """Norms and biases."""
 
@@ -79,16 +79,28 @@ def parameters(cfg: ModelConfig) -> Parameters:
     return Parameters(
         embedding=table,
         head=0 if cfg.tied else table,
-        layers=cfg.layers * sum(a * b for a, b in widths),
+        layers=sum(_linears(cfg, layer) for layer in range(cfg.layers)),
         rest=cfg.layers * (norms + biases) + cfg.embed,
     )
+
+
+def _linears(cfg: ModelConfig, layer: int) -> int:
+    """Parameters of the matrices of one layer."""
+    parts = (part for group in cfg.groups(layer) for part in GROUPS[group])
+    total = sum(inputs * outputs for inputs, outputs in map(cfg.shape, parts))
+    if cfg.experts is not None and cfg.is_sparse(layer):
+        total += cfg.embed * cfg.experts.count * (1 + 3 * cfg.experts.mlp)
+    return total
 
 
 def adapter_parameters(
     cfg: ModelConfig, rank: int, projections: Sequence[str] = PROJECTIONS
 ) -> int:
     """Of one adapter of that rank in all layers."""
-    return cfg.layers * rank * sum(sum(cfg.shape(projection)) for projection in projections)
+    held = [
+        part for layer in range(cfg.layers) for group in cfg.groups(layer) for part in GROUPS[group]
+    ]
+    return rank * sum(sum(cfg.shape(part)) for part in held if part in projections)
 
 
 def kv_bytes_per_token(cfg: ModelConfig, itemsize: int) -> int:

@@ -30,6 +30,7 @@ RULES: dict[str, str | None] = {
     "qkv": AXIS,  # fused output of q, k and v, in device order
     "gate_up": AXIS,  # fused output of gate and up, in device order
     "mlp": AXIS,  # the input of `down`
+    "expert": None,
     "kv_heads": AXIS,
     "page": None,
     "rank": None,
@@ -125,6 +126,12 @@ class Layout:
     def mlp_index(self) -> np.ndarray:
         """Source row of each mlp unit."""
         return _pad(self.cfg.mlp, self.tp)
+
+    @cached_property
+    def expert_index(self) -> np.ndarray:
+        """Source row of each unit of an expert."""
+        assert self.cfg.experts is not None
+        return _pad(self.cfg.experts.mlp, self.tp)
 
     @cached_property
     def vocab_index(self) -> np.ndarray:

@@ -32,6 +32,15 @@ _LLAMA3 = {
 }
 _YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
 
+_QWEN3_MOE: dict[str, Any] = {
+    "num_experts": 7,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 41,
+    "norm_topk_prob": False,
+    "head_dim": 32,
+    "use_sliding_window": False,
+}
+
 _PHI3: dict[str, Any] = {
     "pad_token_id": 0,
     "original_max_position_embeddings": 96,
@@ -84,6 +93,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         _PHI3
         | {"tie_word_embeddings": True, "partial_rotary_factor": 0.75, "rope_scaling": _LONGROPE},
     ),
+    "mixtral": ("Mixtral", {"num_local_experts": 5, "num_experts_per_tok": 2}),
+    # a dense layer between sparse ones, by its number; experts of odd width
+    "qwen3_moe": ("Qwen3Moe", _QWEN3_MOE | {"num_hidden_layers": 3, "mlp_only_layers": [1]}),
+    # and by its step
+    "qwen3_moe_step": ("Qwen3Moe", _QWEN3_MOE | {"norm_topk_prob": True, "decoder_sparse_step": 2}),
     # soft caps small enough to bend scores and logits
     "gemma2": (
         "Gemma2",
@@ -103,7 +117,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """family -> (transformers' class stem, what it changes in the config)."""
 
-MODEL_TYPES = {"Gemma3": "gemma3_text"}
+MODEL_TYPES = {"Gemma3": "gemma3_text", "Qwen3Moe": "qwen3_moe"}
 """Where it is not the class stem in lower case."""
 
 

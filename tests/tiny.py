@@ -100,13 +100,40 @@ def model_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         if gemma:
             shapes[prefix + "pre_feedforward_layernorm.weight"] = (embed,)
             shapes[prefix + "post_feedforward_layernorm.weight"] = (embed,)
-        if config["model_type"] in ("qwen3", "gemma3_text"):
+        if config["model_type"] in ("qwen3", "qwen3_moe", "gemma3_text"):
             shapes[prefix + "self_attn.q_norm.weight"] = (head_dim,)
             shapes[prefix + "self_attn.k_norm.weight"] = (head_dim,)
+        sparse = _expert_shapes(config, layer)
+        shapes |= {prefix + name: shape for name, shape in sparse.items()}
         for module, (rows, columns, bias) in linear.items():
+            if sparse and module.startswith("mlp."):
+                continue
             shapes[f"{prefix}{module}.weight"] = (rows, columns)
             if bias:
                 shapes[f"{prefix}{module}.bias"] = (rows,)
+    return shapes
+
+
+def _expert_shapes(config: dict[str, Any], layer: int) -> dict[str, tuple[int, ...]]:
+    """Tensors of a sparse MLP; none where the layer is dense."""
+    embed = config["hidden_size"]
+    if config["model_type"] == "mixtral":
+        block, count, mlp = "block_sparse_moe", "num_local_experts", config["intermediate_size"]
+        gate, up, down = "w1", "w3", "w2"
+    elif (
+        config["model_type"] == "qwen3_moe"
+        and layer not in config.get("mlp_only_layers", [])
+        and (layer + 1) % config.get("decoder_sparse_step", 1) == 0
+    ):
+        block, count, mlp = "mlp", "num_experts", config["moe_intermediate_size"]
+        gate, up, down = "gate_proj", "up_proj", "down_proj"
+    else:
+        return {}
+    shapes: dict[str, tuple[int, ...]] = {f"{block}.gate.weight": (config[count], embed)}
+    for expert in range(config[count]):
+        here = f"{block}.experts.{expert}"
+        shapes[f"{here}.{gate}.weight"] = shapes[f"{here}.{up}.weight"] = (mlp, embed)
+        shapes[f"{here}.{down}.weight"] = (embed, mlp)
     return shapes
 
 
@@ -215,10 +242,12 @@ def make_adapter(
         "bias": "none",
         "init_lora_weights": True,
     }
-    tensors = {
-        name: value.astype(DTYPES[dtype])
-        for name, value in _adapter_tensors(model, config, seed, effect).items()
-    }
+    made = _adapter_tensors(model, config, seed, effect)
+    # experts have no adapters: a target that only they have is none
+    config["target_modules"] = [
+        target for target in targets if any(f".{target}." in name for name in made)
+    ]
+    tensors = {name: value.astype(DTYPES[dtype]) for name, value in made.items()}
     writer = writer or ("peft" if find_spec("torch") and find_spec("peft") else "numpy")
     if writer == "peft":
         _save_with_peft(model, folder, config, tensors, dtype)
@@ -241,6 +270,10 @@ def _adapter_tensors(
         wanted = name != module and module.rsplit(".", 1)[-1] in config["target_modules"]
         allowed = config["layers_to_transform"]
         if not wanted or layer is None or (allowed and int(layer[1]) not in allowed):
+            continue
+        if "moe" in base["model_type"] and ".mlp." in name:
+            continue  # peft takes gate_proj there for the experts', in dense layers too
+        if ".experts." in name:
             continue
         rank = pattern_value(config["rank_pattern"], module, config["r"])
         alpha = pattern_value(config["alpha_pattern"], module, config["lora_alpha"])

@@ -178,7 +178,8 @@ def _targeted(target: str, layers: frozenset[int] | None, cfg: ModelConfig) -> s
     if words[-1] not in BLOCKS or (len(words) > 1 and words[-2] != BLOCKS[words[-1]]):
         return set()
     if len(words) <= 2:
-        return {(layer, words[-1]) for layer in layers or range(cfg.layers)}
+        every = layers or range(cfg.layers)
+        return {(layer, words[-1]) for layer in every if words[-1] in cfg.modules_of(layer)}
     layer = words[-3]
     if not (layer.isascii() and layer.isdigit()) or int(layer[:7]) >= cfg.layers:
         return set()

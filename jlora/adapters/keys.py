@@ -142,4 +142,8 @@ def _place(module: str, key: str, cfg: ModelConfig, folder: Path) -> Place:
             f"{folder}: tensor {key[:160]!r} is for layer {layer}, {cfg.name!r} has layers 0 to "
             f"{cfg.layers - 1}; was this adapter trained on another base model?"
         )
+    if match[3] not in cfg.modules_of(layer):
+        raise AdapterError(
+            f"{folder}: tensor {key[:160]!r} is for layer {layer}, whose MLP is made of experts"
+        )
     return layer, match[3]

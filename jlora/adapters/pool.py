@@ -47,9 +47,11 @@ class StagedAdapter:
         return len(self.host_pages)
 
 
-def groups_of(support: Support) -> dict[str, tuple[str, ...]]:
-    """The groups that adapters may change: those of a layer, and of the vocabulary if supported."""
-    return ALL_GROUPS if support == "full" else GROUPS
+def groups_of(cfg: ModelConfig, support: Support) -> dict[str, tuple[str, ...]]:
+    """The groups that adapters may change: those of any layer, and of the vocabulary if supported."""
+    known = ALL_GROUPS if support == "full" else GROUPS
+    mine = {group for layer in range(cfg.layers) for group in cfg.groups(layer)}
+    return {group: parts for group, parts in known.items() if group in mine | set(VOCAB_GROUPS)}
 
 
 def page_bytes(
@@ -59,14 +61,15 @@ def page_bytes(
     support: Support = "plain",
 ) -> int:
     """Bytes that one rank page takes on one device, all layers and groups together."""
-    total = 0
-    for group, parts in groups_of(support).items():
+    total, cfg = 0, layout.cfg
+    for group, parts in groups_of(cfg, support).items():
         (rows, columns), (rows_axis, columns_axis) = layout.group_shape(group), GROUP_AXES[group]
         rows //= layout.tp if RULES[rows_axis] else 1
         columns //= layout.tp if RULES[columns_axis] else 1
         each = page_rows * (len(parts) * rows + columns) * np.dtype(dtype).itemsize
         each += 0 if support == "plain" else 2 * columns * np.dtype(np.float32).itemsize
-        total += each * (layout.cfg.layers if group in GROUPS else 1)
+        holders = sum(group in cfg.groups(layer) for layer in range(cfg.layers))
+        total += each * (holders if group in GROUPS else 1)
     return total
 
 
@@ -105,9 +108,9 @@ class RankPages:
                 (len(parts) * page_rows, layout.group_shape(group)[0]),
                 (page_rows, layout.group_shape(group)[1]),
             )
-            for group, parts in groups_of(support).items()
+            for group, parts in groups_of(cfg, support).items()
         }
-        self._levels = [tuple(GROUPS)] * cfg.layers
+        self._levels = [cfg.groups(layer) for layer in range(cfg.layers)]
         if support == "full":
             self._levels.append(tuple(VOCAB_GROUPS))
         self._page_shardings = {group: self._shardings(mesh, group) for group in self._shapes}
@@ -183,7 +186,7 @@ class RankPages:
         whole, adapter = adapter, by_projection(adapter, self.cfg)
         touched = {
             group
-            for group, parts in groups_of(self.support).items()
+            for group, parts in groups_of(self.cfg, self.support).items()
             if not set(parts).isdisjoint(adapter.modules)
         }
         pages = tuple(
@@ -220,7 +223,7 @@ class RankPages:
         """Fills one layer of one group of all pages, in place."""
         page_rows, columns = self.page_rows, self.layout.input_index(group)
         layer = index if group in GROUPS else NO_LAYER
-        for part, projection in enumerate(groups_of(self.support)[group]):
+        for part, projection in enumerate(ALL_GROUPS[group]):
             pair = adapter.weights.get((layer, projection))
             if pair is None:
                 continue

@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 
 from jlora.models.config import PROJECTIONS, ModelConfig
 
-ATTENTION = frozenset({"q_proj", "k_proj", "v_proj", "o_proj"})
+ATTENTION = frozenset({"qkv_proj", "q_proj", "k_proj", "v_proj", "o_proj"})
 EFFECT = 0.05
 """Size of the change of a projection's output, for an input of size 1."""
 
@@ -31,7 +31,8 @@ def write_random_adapter(
     rng = np.random.default_rng(seed)
     tensors: dict[str, np.ndarray] = {}
     for layer in range(cfg.layers):
-        for module in modules:
+        wanted = {cfg.stored_in(module)[0] for module in modules}  # the fused one, if it is in one
+        for module in (name for name in cfg.modules_of(layer) if name in wanted):
             inputs, outputs = cfg.shape(module)
             block = "self_attn" if module in ATTENTION else "mlp"
             prefix = f"base_model.model.model.layers.{layer}.{block}.{module}"
@@ -46,7 +47,7 @@ def write_random_adapter(
         "base_model_name_or_path": cfg.name,
         "r": rank,
         "lora_alpha": 2 * rank,
-        "target_modules": list(modules),
+        "target_modules": sorted({name.split(".")[-3] for name in tensors}),
         "lora_dropout": 0.0,
         "bias": "none",
         "use_rslora": False,

@@ -44,7 +44,8 @@ class InPlaceMerge:
             for index, path in enumerate(_paths(runner))
             if path[0] == "layers" and path[2] in GROUPS and "kernel" in path
         }
-        assert len(self._kernels) == self._cfg.layers * len(GROUPS)
+        held = [self._cfg.groups(layer) for layer in range(self._cfg.layers)]
+        assert len(self._kernels) == sum(map(len, held))
         self._parts = {group: layout.part_sizes(group) for group in GROUPS}
 
     def prepare(self, name: str, path: str) -> None:

@@ -66,7 +66,7 @@ def extract(
     places = {
         tensor_name(layer, projection): (layer, projection)
         for layer in range(cfg.layers)
-        for projection in cfg.modules
+        for projection in cfg.modules_of(layer)
     }
     kind = DTYPES["float32" if dtype == "auto" else dtype][0]
     settings = tuple(

@@ -11,12 +11,14 @@ from typing import Any
 
 from jlora.errors import ModelError
 from jlora.models.config_file import (
+    ExpertsConfig,
     Reader,
     folder_name,
     is_null,
     read_activation,
     read_architecture,
     read_dtype,
+    read_experts,
     read_json,
     read_ropes,
     read_windows,
@@ -124,6 +126,8 @@ class ModelConfig:
     """Logits are squeezed into -softcap..softcap by tanh; None: they are not."""
     local_rope: RopeConfig | None = None
     """Rotary parameters of layers that have a window; None: `rope` holds for all layers."""
+    experts: ExpertsConfig | None = None
+    """Sparse MLPs; None: all layers are dense."""
     fused: bool = False
     """The checkpoint holds the modules of `FUSED`."""
     multimodal: bool = False
@@ -161,10 +165,23 @@ class ModelConfig:
                 return module, rows[projection].start
         return projection, 0
 
+    def is_sparse(self, layer: int) -> bool:
+        """Whether the layer's MLP is made of experts."""
+        return self.experts is not None and self.experts.layers[layer]
+
+    def groups(self, layer: int) -> tuple[str, ...]:
+        """The groups of a layer; experts are in none."""
+        return tuple(GROUPS)[:2] if self.is_sparse(layer) else tuple(GROUPS)
+
+    def modules_of(self, layer: int) -> tuple[str, ...]:
+        """The linears of a layer by their checkpoint names: what adapters may target."""
+        parts = (part for group in self.groups(layer) for part in GROUPS[group])
+        return tuple(dict.fromkeys(self.stored_in(part)[0] for part in parts))
+
     @property
     def modules(self) -> tuple[str, ...]:
-        """The linears of a layer by their checkpoint names: what adapters may target."""
-        return tuple(dict.fromkeys(self.stored_in(part)[0] for part in PROJECTIONS))
+        """Those of any layer."""
+        return tuple(dict.fromkeys(m for at in range(self.layers) for m in self.modules_of(at)))
 
     @property
     def default_context(self) -> int:
@@ -252,6 +269,7 @@ class ModelConfig:
             eos_ids=get.tokens("eos_token_id", generation),
             activation=read_activation(get, family),
             local_rope=local_rope,
+            experts=read_experts(get, family, layers),
             fused=family.fused,
             multimodal=multimodal,
             **(_gemma(get, embed, multimodal) if family.gemma else {}),

@@ -258,6 +258,55 @@ def _read_rope(
     return config
 
 
+@dataclass(frozen=True, kw_only=True)
+class ExpertsConfig:
+    """The sparse MLPs of a model."""
+
+    count: int
+    """Experts of a layer."""
+    per_token: int
+    """Experts that a token uses."""
+    mlp: int
+    """Hidden width of an expert."""
+    normalised: bool
+    """The weights of a token's experts are made to sum to one."""
+    layers: tuple[bool, ...]
+    """Per layer: its MLP is sparse."""
+    module: str
+    """Name of router and experts in the checkpoint."""
+    parts: tuple[str, str, str]
+    """Names of an expert's gate, up and down in the checkpoint."""
+
+
+def read_experts(get: Reader, family: Family, layers: int) -> ExpertsConfig | None:
+    """The experts; None where all layers are dense."""
+    if family.experts is None:
+        return None
+    module, parts = family.experts
+    key = "num_experts" if "num_experts" in get.data else "num_local_experts"
+    dense, step = get.value("mlp_only_layers", []), 1
+    if get.value("decoder_sparse_step") is not None:
+        step = get.size("decoder_sparse_step")
+    if not isinstance(dense, list) or not all(type(layer) is int for layer in dense):
+        get.refuse(f"mlp_only_layers must be a list of layer numbers, got {dense!r}")
+    experts = ExpertsConfig(
+        count=get.size(key),
+        per_token=get.size("num_experts_per_tok"),
+        mlp=get.size(
+            "moe_intermediate_size"
+            if "moe_intermediate_size" in get.defaults
+            else "intermediate_size"
+        ),
+        normalised=get.flag("norm_topk_prob"),
+        layers=tuple(layer not in dense and (layer + 1) % step == 0 for layer in range(layers)),
+        module=module,
+        parts=parts,
+    )
+    if experts.per_token > experts.count:
+        get.refuse(f"num_experts_per_tok {experts.per_token} is more than {experts.count} experts")
+    return experts if any(experts.layers) else None
+
+
 def read_windows(get: Reader, family: Family, layers: int) -> tuple[int | None, ...]:
     """Sliding window of each layer, as the architecture's own code would apply it."""
     kind = family.windows

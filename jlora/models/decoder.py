@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 from jlora import ops
 from jlora.batch import Batch
 from jlora.models.config import ModelConfig, RopeConfig, rope_frequencies
+from jlora.models.experts import Experts
 from jlora.ops import KV
 from jlora.quant import Dense, matmul
 from jlora.shape import Shape
@@ -64,8 +65,9 @@ class Linear(nnx.Module):
 class Layer(nnx.Module):
     """Attention and MLP with their norms."""
 
-    def __init__(self, layout: Layout, dtype: jnp.dtype):
+    def __init__(self, layout: Layout, dtype: jnp.dtype, index: int):
         cfg = layout.cfg
+        sparse = cfg.is_sparse(index)
         linear = partial(Linear, layout, dtype=dtype)
         self.attn_norm = _norm(cfg.embed, dtype)
         self.qkv = linear("qkv", cfg.qkv_bias)
@@ -74,8 +76,9 @@ class Layer(nnx.Module):
         self.o = linear("o", cfg.o_bias)
         self.attn_post_norm = _norm(cfg.embed, dtype) if cfg.post_norms else None
         self.mlp_norm = _norm(cfg.embed, dtype)
-        self.gate_up = linear("gate_up", cfg.mlp_bias)
-        self.down = linear("down", cfg.mlp_bias)
+        self.experts = Experts(layout, dtype) if sparse else None
+        self.gate_up = None if sparse else linear("gate_up", cfg.mlp_bias)
+        self.down = None if sparse else linear("down", cfg.mlp_bias)
         self.mlp_post_norm = _norm(cfg.embed, dtype) if cfg.post_norms else None
 
 
@@ -96,7 +99,7 @@ class Decoder(nnx.Module):
         self.tp = layout.tp
         vocab = len(layout.vocab_index)
         self.embed = nnx.Param(jnp.zeros((vocab, cfg.embed), dtype), axes=("vocab", "embed"))
-        self.layers = nnx.List([Layer(layout, dtype) for _ in range(cfg.layers)])
+        self.layers = nnx.List([Layer(layout, dtype, index) for index in range(cfg.layers)])
         self.norm = _norm(cfg.embed, dtype)
         own_head = copy_head or not cfg.tied
         self.head = Dense((cfg.embed, vocab), ("embed", "vocab"), dtype) if own_head else None
@@ -185,10 +188,24 @@ def _layer(
     out = layer.o(out.reshape(tokens, -1), pools, batch).astype(dtype)
     x = _keep(x + _normed(out, layer.attn_post_norm, cfg))
     h = _normed(x, layer.mlp_norm, cfg)
-    gate, up = jnp.split(layer.gate_up(h, pools, batch), 2, axis=1)
-    h = (ops.ACTIVATIONS[cfg.activation](gate) * up).astype(dtype)
-    out = layer.down(h, pools, batch).astype(dtype)
+    out = _mlp(layer, h, pools, batch, cfg).astype(dtype)
     return _keep(x + _normed(out, layer.mlp_post_norm, cfg)), kv
+
+
+def _mlp(
+    layer: Layer,
+    h: Float[Array, "T D"],
+    pools: dict[str, RankPool] | dict[str, ActivePages] | None,
+    batch: Batch,
+    cfg: ModelConfig,
+) -> Float[Array, "T D"]:
+    if layer.experts is not None:
+        return layer.experts(h, cfg, batch)
+    assert layer.gate_up is not None
+    assert layer.down is not None
+    gate, up = jnp.split(layer.gate_up(h, pools, batch), 2, axis=1)
+    h = (ops.ACTIVATIONS[cfg.activation](gate) * up).astype(h.dtype)
+    return layer.down(h, pools, batch)
 
 
 def _keep(x: Float[Array, "T D"]) -> Float[Array, "T D"]:

@@ -33,6 +33,8 @@ class Family:
     """partial_rotary_factor holds."""
     rope_aliases: Mapping[str, str] = field(default_factory=dict)
     """Rope types that this architecture takes for another one."""
+    experts: tuple[str, tuple[str, str, str]] | None = None
+    """Where layers are sparse: the module of router and experts, and an expert's gate, up and down."""
     fused: bool = False
     """q, k and v are one tensor in the checkpoint, and gate and up are."""
 
@@ -77,6 +79,36 @@ FAMILIES: dict[str, Family] = {
         biases=_ATTENTION_BIAS,
         qk_norm=True,
         windows="upper_layers",
+    ),
+    "MixtralForCausalLM": Family(
+        model_type="mixtral",
+        defaults={
+            "max_position_embeddings": 131072,
+            "num_key_value_heads": 8,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 1e6,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+            "norm_topk_prob": True,
+            **_LLAMA_EOS,
+        },
+        windows="always",
+        experts=("block_sparse_moe", ("w1", "w3", "w2")),
+    ),
+    "Qwen3MoeForCausalLM": Family(
+        model_type="qwen3_moe",
+        defaults={
+            "max_position_embeddings": 32768,
+            "num_key_value_heads": 4,
+            "sliding_window": 4096,
+            "num_local_experts": 128,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": 768,
+        },
+        biases=_ATTENTION_BIAS,
+        qk_norm=True,
+        windows="switched",
+        experts=("mlp", ("gate_proj", "up_proj", "down_proj")),
     ),
     "Phi3ForCausalLM": Family(
         model_type="phi3",

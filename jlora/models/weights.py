@@ -18,7 +18,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from jlora.models.checkpoint import Checkpoint, Read
-from jlora.models.config import GROUPS, ModelConfig
+from jlora.models.config import GROUPS, ExpertsConfig, ModelConfig
 from jlora.models.decoder import Decoder
 from jlora.sharding import GROUP_AXES, Layout, sharding
 
@@ -137,7 +137,9 @@ def _layer(cfg: ModelConfig, layout: Layout, layer: int) -> Iterator[Source]:
     if cfg.qk_norm:
         for name in ("q_norm", "k_norm"):
             yield _norm((*here, name), f"{prefix}.self_attn.{name}.weight", cfg.head_dim)
-    for group in GROUPS:
+    if cfg.experts is not None and cfg.is_sparse(layer):
+        yield from _experts(cfg, cfg.experts, layout, layer)
+    for group in cfg.groups(layer):
         runs, axes = layout.output_index(group), GROUP_AXES[group]
         yield Source(
             path=(*here, group, "weight", "kernel"),
@@ -154,6 +156,41 @@ def _layer(cfg: ModelConfig, layout: Layout, layer: int) -> Iterator[Source]:
                 parts=tuple(_stored(cfg, layer, part, rows, "bias") for part, rows in runs),
                 tensor_shape=(-1,),
             )
+
+
+def _experts(
+    cfg: ModelConfig, facts: ExpertsConfig, layout: Layout, layer: int
+) -> Iterator[Source]:
+    here, prefix = ("layers", layer, "experts"), f"model.layers.{layer}.{facts.module}"
+    gate, up, down = (
+        [f"{prefix}.experts.{expert}.{part}.weight" for expert in range(facts.count)]
+        for part in facts.parts
+    )
+    yield Source(
+        path=(*here, "router"),
+        axes=("embed", "expert"),
+        parts=((f"{prefix}.gate.weight", np.arange(facts.count)),),
+        tensor_shape=(facts.count, cfg.embed),
+        transposed=True,
+    )
+    yield Source(
+        path=(*here, "gate_up"),
+        axes=("gate_up", "embed"),
+        parts=tuple(
+            (tensor, rows)
+            for rows in np.split(layout.expert_index, layout.tp)
+            for pair in zip(gate, up, strict=True)
+            for tensor in pair
+        ),
+        tensor_shape=(facts.mlp, cfg.embed),
+    )
+    yield Source(
+        path=(*here, "down"),
+        axes=("expert", "mlp"),
+        parts=tuple((tensor, np.arange(cfg.embed)) for tensor in down),
+        columns=layout.expert_index,
+        tensor_shape=(cfg.embed, facts.mlp),
+    )
 
 
 def _stored(
@@ -225,7 +262,8 @@ def dummy_weights(
         if source.axes == ("norm",):
             fill = np.zeros if layout.cfg.norm_plus_one else np.ones
             return jax.device_put(fill(source.shape, dtype), place)
-        fan_in = source.shape[0] if source.transposed else 1
+        fan_in = source.shape[0] if source.transposed else source.shape[1]
+        fan_in = 1 if source.path == ("embed",) else fan_in
         return _random(source.shape, fan_in, dtype, place)(key)
 
     return _build(layout, table, make, dtype, copy_head, None)

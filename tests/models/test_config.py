@@ -41,7 +41,7 @@ def test_facts_equal_those_of_transformers(tiny_model, family, dialect):
     }.items():
         assert getattr(ours, mine) == getattr(theirs, name), name
     default_head_dim = theirs.hidden_size // theirs.num_attention_heads
-    assert ours.head_dim == getattr(theirs, "head_dim", default_head_dim)
+    assert ours.head_dim == (getattr(theirs, "head_dim", None) or default_head_dim)
     assert ours.eos_ids == (theirs.eos_token_id,)
     rope = theirs.rope_parameters
     ropes = [(ours.rope, rope.get("full_attention", rope))]
@@ -69,7 +69,7 @@ def test_a_config_that_transformers_has_saved_reads_the_same(tmp_path, tiny_mode
 def test_projection_shapes_are_those_of_the_tensors(family):
     config = model_config(family)
     cfg, shapes = ModelConfig.from_dict(config), model_shapes(config)
-    for projection in cfg.modules:
+    for projection in cfg.modules_of(0):
         module = (
             "mlp" if "gate" in projection or projection in ("up_proj", "down_proj") else "self_attn"
         )
@@ -229,7 +229,17 @@ def test_generation_config_decides_what_ends_a_text():
 
 
 def test_absent_keys_mean_what_they_mean_to_transformers():
-    for model_type in ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3_text"):
+    for model_type in (
+        "llama",
+        "mistral",
+        "qwen2",
+        "qwen3",
+        "phi3",
+        "mixtral",
+        "qwen3_moe",
+        "gemma2",
+        "gemma3_text",
+    ):
         theirs = transformers.AutoConfig.for_model(model_type)
         config = {
             "model_type": model_type,
@@ -241,7 +251,7 @@ def test_absent_keys_mean_what_they_mean_to_transformers():
         }
         ours, theirs = ModelConfig.from_dict(config), transformers.AutoConfig.for_model(**config)
         assert ours.kv_heads == theirs.num_key_value_heads
-        assert ours.head_dim == getattr(theirs, "head_dim", 128)
+        assert ours.head_dim == (getattr(theirs, "head_dim", None) or 128)
         assert ours.max_positions == theirs.max_position_embeddings
         assert ours.norm_eps == theirs.rms_norm_eps
         assert ours.tied == theirs.tie_word_embeddings
@@ -269,7 +279,7 @@ def test_a_hub_cache_folder_is_named_after_its_repository(tmp_path):
     ("overrides", "words"),
     [
         ({"architectures": ["GPTNeoXForCausalLM"]}, "GPTNeoXForCausalLM is not supported; supported are Llama"),
-        ({"architectures": ["Qwen3MoeForCausalLM"]}, "Qwen3MoeForCausalLM"),
+        ({"architectures": ["Qwen2MoeForCausalLM"]}, "Qwen2MoeForCausalLM"),
         ({"architectures": None, "model_type": "mamba"}, "model_type 'mamba'"),
         ({"architectures": [], "model_type": []}, "not supported"),
         ({"architectures": ["A", "B"]}, "not supported"),
@@ -327,6 +337,8 @@ def test_what_cannot_be_served_is_refused_by_name_in_one_line(overrides, words):
             {"auto_map": {"AutoModelForCausalLM": "modeling_x.OtherForCausalLM"}},
             "remote code",
         ),
+        ("mixtral", {"num_experts_per_tok": 6}, "num_experts_per_tok 6 is more than 5"),
+        ("qwen3_moe", {"mlp_only_layers": 1}, "mlp_only_layers"),
         ("gemma2", {"hidden_activation": "relu"}, "hidden_activation is 'relu'"),
         ("gemma2", {"sliding_window": None}, "sliding_window"),
         ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),

@@ -22,7 +22,7 @@ FIRST, SECOND, THIRD = (RNG.integers(4, 320, n).tolist() for n in (44, 17, 37))
 def reference(folder, tokens):
     """Logits [T, V] of transformers in float32."""
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager"
+        folder, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
     )
     with torch.no_grad():
         return model(torch.tensor([tokens])).logits[0].numpy()
@@ -73,6 +73,8 @@ def test_a_tied_head_without_its_copy_gives_the_same_logits(tiny_model, tp):
         ("phi3", {"sliding_window": None}),
         ("phi4_mini", {"partial_rotary_factor": 1.0, "rope_scaling": None}),
         ("phi4_mini", {"rope_scaling": None}),
+        ("mixtral", {"num_experts_per_tok": 1}),
+        ("qwen3_moe", {"norm_topk_prob": True}),
         ("gemma2", {"sliding_window": 400}),
         ("gemma2", {"attn_logit_softcapping": None}),
         ("gemma2", {"final_logit_softcapping": None}),
@@ -117,7 +119,7 @@ def test_longrope_takes_the_long_factors_where_texts_may_outgrow_pretraining(tin
 
 
 @pytest.mark.parametrize("tp", [1, 2])
-@pytest.mark.parametrize("family", ["gemma2", "gemma3", "phi3"])
+@pytest.mark.parametrize("family", ["gemma2", "gemma3", "phi3", "mixtral"])
 def test_greedy_text_past_the_window_equals_what_transformers_generates(tiny_model, family, tp):
     folder = tiny_model(family)
     steps = Steps(folder, tp, decode=1, prefill=16, texts=1)

@@ -39,7 +39,7 @@ KINDS = {
 def reference(folder, adapter):
     """Logits [T, V] of transformers, with the adapter put on by peft where one is given."""
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager"
+        folder, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
     )
     if adapter is not None:
         model = peft.PeftModel.from_pretrained(model, adapter)

@@ -12,7 +12,8 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from jlora.errors import ModelError
-from jlora.models.config import GROUPS, ModelConfig
+from jlora.models.config import ModelConfig
+from jlora.models.decoder import Linear
 from jlora.models.weights import dummy_weights, load_weights
 from jlora.sharding import Layout, make_mesh
 from tests.tiny import FAMILIES, write_tensors
@@ -53,6 +54,31 @@ def unfused(stored, cfg):
     return out
 
 
+def check_experts(experts, stored, prefix, facts, layout):
+    """The names of the tensors that the experts of a layer hold."""
+    block = prefix + (
+        "block_sparse_moe" if f"{prefix}block_sparse_moe.gate.weight" in stored else "mlp"
+    )
+    names = ("w1", "w3", "w2") if "sparse" in block else ("gate_proj", "up_proj", "down_proj")
+    np.testing.assert_array_equal(experts.router[...], stored[f"{block}.gate.weight"].T)
+    width, tp, embed = len(layout.expert_index) // layout.tp, layout.tp, layout.cfg.embed
+    gate_up = np.asarray(experts.gate_up[...]).reshape(tp, facts.count, 2, width, embed)
+    down = np.asarray(experts.down[...]).reshape(facts.count, embed, tp, width)
+    used = {f"{block}.gate.weight"}
+    for expert in range(facts.count):
+        tensors = [f"{block}.experts.{expert}.{name}.weight" for name in names]
+        rows = [take(stored[name], layout.expert_index) for name in tensors[:2]]
+        rows.append(take(stored[tensors[2]].T, layout.expert_index))
+        for got, want in zip(
+            [*np.moveaxis(gate_up[:, expert], 1, 0), down[expert].transpose(1, 2, 0)],
+            rows,
+            strict=True,
+        ):
+            np.testing.assert_array_equal(got.reshape(tp * width, embed), want)
+        used.update(tensors)
+    return used
+
+
 @pytest.mark.parametrize("tp", [1, 2, 4])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_parameter_holds_its_checkpoint_rows(tiny_model, family, tp):
@@ -90,9 +116,11 @@ def test_every_parameter_holds_its_checkpoint_rows(tiny_model, family, tp):
             if name in stored:
                 used.add(name)
                 np.testing.assert_array_equal(getattr(layer, mine)[...], stored[name])
-        for group in GROUPS:
+        if cfg.experts is not None and cfg.is_sparse(number):
+            used |= check_experts(layer.experts, stored, prefix, cfg.experts, layout)
+        for group in cfg.groups(number):
             module = prefix + ("self_attn." if group in ("qkv", "o") else "mlp.")
-            linear = getattr(layer, group)
+            linear: Linear = getattr(layer, group)
             for kind, columns in (("weight", layout.input_index(group)), ("bias", None)):
                 runs = layout.output_index(group)
                 names = [f"{module}{part}.{kind}" for part, _ in runs]
@@ -113,6 +141,8 @@ def test_every_parameter_holds_its_checkpoint_rows(tiny_model, family, tp):
 def test_parameters_are_sharded_so_that_no_device_holds_another_ones_rows(tiny_model):
     model = load(tiny_model("llama"), tp=4)
     layer = model.layers[0]
+    assert layer.gate_up is not None
+    assert layer.down is not None
     for array, shard in (
         (model.embed, (80, 64)),
         (head(model), (64, 80)),
