@@ -113,6 +113,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse(PlanOptions, argv, prog=PROG)
     try:
         cfg, device = config_of(options.model), options.hardware()
+        if cfg.experts is not None:
+            raise ParameterError(f"{cfg.name}: models with experts cannot be planned yet", "model")
         plan = compute(options, cfg, device)
         checked = [] if options.check is None else check(Path(options.check))
     except JloraError as error:

@@ -35,6 +35,8 @@ class InPlaceMerge:
         layout = runner.programs.layout
         if layout.tp > 1:  # a device's columns of q, k and v lie between those of others
             raise ParameterError(f"systems: merged runs on one device, got --mesh {layout.tp}")
+        if layout.cfg.experts is not None:
+            raise ParameterError("systems: merged does not know models with experts yet")
         self._runner, self._cfg = runner, layout.cfg
         self._staged: dict[str, StagedAdapter] = {}
         self._now: StagedAdapter | None = None
