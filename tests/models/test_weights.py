@@ -163,7 +163,9 @@ def test_any_stored_type_loads_as_any_wanted_type(tiny_model, stored, wanted):
     model = load(folder, tp=2, dtype=wanted)
     source = load_file(folder / "model.safetensors")["model.layers.1.mlp.down_proj.weight"]
     assert source.dtype == DTYPES[stored]
-    kernel = model.layers[1].down.weight.kernel[...]
+    down = model.layers[1].down
+    assert down is not None
+    kernel = down.weight.kernel[...]
     assert kernel.dtype == DTYPES[wanted]
     np.testing.assert_array_equal(kernel[:99], source.astype(DTYPES[wanted]).T)
     assert not np.asarray(kernel[99:]).any()
