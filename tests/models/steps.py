@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from jlora.adapters.adapter import SUPPORT
+from jlora.adapters.adapter import SUPPORT, Support
 from jlora.adapters.peft import read_adapter
 from jlora.adapters.pool import RankPages
 from jlora.batch import empty, pack, unpack
@@ -74,7 +74,9 @@ class Steps:
             layouts = [read_adapter(path, cfg, base) for path in adapters]
             count = 1 + sum(-(-max(a.rank, 1) // PAGE) for a in layouts)
             needed = {a.support for a in layouts}
-            support = [level for level in SUPPORT if level in needed][-1]
+            support: Support = "plain"
+            for level in SUPPORT:
+                support = level if level in needed else support
             pages = RankPages(cfg, layout, mesh, count, dtype, support=support)
             free = list(range(pages.num_pages, 0, -1))  # not in order, and one stays unused
             for adapter in layouts:
