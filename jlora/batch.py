@@ -7,6 +7,7 @@ K/V to the trash page 0 and belongs to no adapter; a padding row uses the trash 
 """
 
 from dataclasses import dataclass, fields
+from math import prod
 from typing import Any
 
 import jax
@@ -67,16 +68,18 @@ def empty(shape: Shape, trash_slot: int) -> dict[str, np.ndarray]:
 
 def pack(shape: Shape, arrays: dict[str, np.ndarray]) -> np.ndarray:
     """One int32 array: a step makes one host-to-device transfer."""
-    return np.concatenate([arrays[name].reshape(-1) for name in shape.sizes()])
+    packed = np.zeros(shape.words, np.int32)
+    for name, start in shape.starts().items():
+        packed[start : start + arrays[name].size] = arrays[name].reshape(-1)
+    return packed
 
 
 def unpack(shape: Shape, packed: Int[Array, "words"]) -> Batch:
     """The inverse of `pack`, inside the compiled step."""
-    arrays: dict[str, Any] = {}
-    start = 0
-    for name, size in shape.sizes().items():
-        stop = start + int(np.prod(size))
-        arrays[name] = jnp.reshape(packed[start:stop], size)
-        start = stop
+    starts = shape.starts()
+    arrays: dict[str, Any] = {
+        name: jnp.reshape(packed[starts[name] : starts[name] + prod(size)], size)
+        for name, size in shape.sizes().items()
+    }
     assert set(arrays) == {field.name for field in fields(Batch)}
     return Batch(**arrays)

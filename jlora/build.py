@@ -61,7 +61,7 @@ class _Platform:
 
 _PLATFORMS = {
     "cpu": _Platform(32, 256, 16, 8, True, (1, 8, 32)),
-    "gpu": _Platform(256, 2048, 64, 16, False, (8, 16, 32, 64, 128, 256)),
+    "gpu": _Platform(256, 2048, 64, 16, True, (8, 16, 32, 64, 128, 256)),
 }
 
 

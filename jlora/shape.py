@@ -3,6 +3,10 @@
 from dataclasses import dataclass
 from math import prod
 
+ALIGN = 64
+"""int32 words. XLA hands parts of a packed array to kernels as they lie, and a Mosaic GPU kernel
+takes no input that is not aligned to 256 bytes."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
@@ -48,7 +52,15 @@ class Shape:
             "owner": (self.rank_pages,),
         }
 
+    def starts(self) -> dict[str, int]:
+        """Where each array begins in the packed one, at multiples of ALIGN words."""
+        starts, at = {}, 0
+        for name, size in self.sizes().items():
+            starts[name] = at
+            at += -(-prod(size) // ALIGN) * ALIGN
+        return starts
+
     @property
     def words(self) -> int:
         """Length of the packed array."""
-        return sum(prod(size) for size in self.sizes().values())
+        return sum(-(-prod(size) // ALIGN) * ALIGN for size in self.sizes().values())
