@@ -46,7 +46,7 @@ def test_the_default_shapes_are_few():
     assert config.prefill_buckets == ((8, 64), (32, 256))
     assert config.rank_page_buckets == (1, 4, 8, 32)
     assert config.max_rank == 512
-    assert len(buckets(config)) == len(set(buckets(config))) == 17
+    assert len(buckets(config)) == len(set(buckets(config))) == 18
     assert make(max_num_seqs=256).decode_buckets == (1, 8, 32, 64, 128, 256)
     assert make(max_num_seqs=1).decode_buckets == (1,)
     small = make(max_num_seqs=4, max_num_batched_tokens=16)
