@@ -54,14 +54,13 @@ class _Platform:
     rank_page: int
     """Rank rows of a rank page: what a tensor core multiplies at once; on a CPU what most adapters
     have, for there a step costs the bytes of its pages."""
-    padding_pages_cost: bool
     decode_buckets: tuple[int, ...]
     """The Hopper kernel pads to 8 rows anyway; on a CPU one row costs half of eight."""
 
 
 _PLATFORMS = {
-    "cpu": _Platform(32, 256, 16, 8, True, (1, 8, 32)),
-    "gpu": _Platform(256, 2048, 64, 16, True, (8, 16, 32, 64, 128, 256)),
+    "cpu": _Platform(32, 256, 16, 8, (1, 8, 32)),
+    "gpu": _Platform(256, 2048, 64, 16, (8, 16, 32, 64, 128, 256)),
 }
 
 
@@ -210,7 +209,6 @@ def _engine_config(options: ModelOptions, cfg: ModelConfig, platform: _Platform)
         max_loras=options.max_loras,
         prefill_block=block,
         rank_page=platform.rank_page,
-        padding_pages_cost=platform.padding_pages_cost,
         enable_prefix_caching=options.enable_prefix_caching,
         max_logprobs=min(options.max_logprobs, cfg.vocab),
         seed=options.seed,

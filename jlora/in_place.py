@@ -39,7 +39,8 @@ class InPlace:
         self._engine, self._programs, self._layout = engine, programs, layout
         self._rank_pages, self._store = rank_pages, store
         self._lock = threading.Lock()
-        self._kept: dict[int, np.ndarray] = {}  # leaf number -> the base's own values
+        # Leaf number -> the base's own values and where they lie.
+        self._kept: dict[int, tuple[np.ndarray, jax.sharding.Sharding]] = {}
 
     def merge(self, entry: AdapterEntry) -> None:
         """Waits until running requests have ended, then merges. New ones wait meanwhile.
@@ -54,23 +55,19 @@ class InPlace:
                 )
             staged = self._store.read(entry)
             changes = dict(_changes(staged, self._layout, self._rank_pages))
-            leaves = _leaves(self._programs)
+            leaves = self._programs.numbered()
             self._check(entry, changes, leaves)
 
             def swap() -> None:
-                for path, change in changes.items():
-                    number = leaves[path]
-                    old = np.asarray(self._programs.weights[number])
-                    new = _cast(change.applied(old.astype(np.float32)), old.dtype, entry)
-                    self._kept[number] = old
-                    self._put(number, new)
+                try:
+                    for path, change in changes.items():
+                        self._replace(leaves[path], change, entry)
+                except BaseException:  # before anybody else runs: what was changed goes back
+                    self._restore()
+                    raise
                 self._engine.merged = entry
 
-            try:
-                self._engine.exclusive(swap)
-            except BaseException:
-                self._engine.exclusive(self._restore)
-                raise
+            self._engine.exclusive(swap)
 
     def unmerge(self, entry: AdapterEntry) -> None:
         """Waits until running requests have ended, then puts the base's own weights back.
@@ -78,18 +75,27 @@ class InPlace:
         Raises ConflictError if it is not merged.
         """
         with self._lock:
-            if self._engine.merged is not entry:
+            if self._engine.merged is None or self._engine.merged.name != entry.name:
                 raise ConflictError(f"the adapter '{entry.name}' is not merged")
             self._engine.exclusive(self._restore)
 
     def _restore(self) -> None:
         for number in list(self._kept):
-            self._put(number, self._kept.pop(number))
+            self._put(number, self._kept[number][0])
+            del self._kept[number]
         self._engine.merged = None
 
+    def _replace(self, number: int, change: "_Change", entry: AdapterEntry) -> None:
+        weight = self._programs.weights[number]
+        old = np.asarray(weight)
+        new = _cast(change.applied(old.astype(np.float32)), old.dtype, entry)
+        self._kept[number] = old, weight.sharding
+        del weight  # else `_put` could not free it
+        self._put(number, new)
+
     def _put(self, number: int, values: np.ndarray) -> None:
-        weights = self._programs.weights
-        place, weights[number] = weights[number].sharding, None  # frees the old array first
+        weights, place = self._programs.weights, self._kept[number][1]
+        weights[number] = None  # frees the array that lies there first
         weights[number] = jax.device_put(values, place)
 
     def _check(
@@ -171,11 +177,6 @@ def _path(layer: int, group: str, what: str) -> Path:
     if group == "head":
         return "head", what
     return ("layers", layer, group, *(("weight", what) if what == "kernel" else (what,)))
-
-
-def _leaves(programs: Programs) -> dict[Path, int]:
-    """Number of each parameter in the flat list that the programs take."""
-    return {path: int(leaf) for path, leaf in programs.numbered().items()}
 
 
 def _cast(values: np.ndarray, dtype: np.dtype, entry: AdapterEntry) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Static sizes of a step: what is compiled, and how its arrays are laid out. No jax here."""
 
 from dataclasses import dataclass
+from itertools import accumulate
 from math import prod
 
 ALIGN = 64
@@ -54,13 +55,14 @@ class Shape:
 
     def starts(self) -> dict[str, int]:
         """Where each array begins in the packed one, at multiples of ALIGN words."""
-        starts, at = {}, 0
-        for name, size in self.sizes().items():
-            starts[name] = at
-            at += -(-prod(size) // ALIGN) * ALIGN
-        return starts
+        sizes = self.sizes().values()
+        return dict(zip(self.sizes(), accumulate(map(_padded, sizes), initial=0), strict=False))
 
     @property
     def words(self) -> int:
         """Length of the packed array."""
-        return sum(-(-prod(size) // ALIGN) * ALIGN for size in self.sizes().values())
+        return sum(map(_padded, self.sizes().values()))
+
+
+def _padded(size: tuple[int, ...]) -> int:
+    return -(-prod(size) // ALIGN) * ALIGN

@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import signal
+import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
@@ -16,6 +17,7 @@ import pytest
 
 from jlora import bench
 from jlora.adapters.peft import read_adapter
+from jlora.benchmark import merged
 from jlora.benchmark.adapters import write_random_adapter, write_random_adapters
 from jlora.benchmark.load import Run, Timing, closed_loop, open_loop, run_of, time_request
 from jlora.benchmark.options import BenchOptions
@@ -394,6 +396,13 @@ def test_in_process_with_random_adapters(
     argv += ["--max-loras", "3", "--max-num-batched-tokens", "32"]
     argv += ["--random-adapters", "3", "--ranks", "4,24", "--concurrency", "2", "--repeats", "1"]
     argv += ["--systems", "base", "compiled", "merged", "unmerged", "--room", "1"]
+    threads, add_delta = set(), merged.add_delta
+
+    def add(*args: Any) -> Any:
+        threads.add(threading.current_thread().name)
+        return add_delta(*args)
+
+    monkeypatch.setattr(merged, "add_delta", add)
     assert bench.main([*argv, "--random-input-len", "10", "--random-output-len", "6"]) == 0
     document = json.loads(capsys.readouterr().out.splitlines()[-1])
     rows = {row["case"]: row for row in document["results"]}
@@ -406,6 +415,7 @@ def test_in_process_with_random_adapters(
     assert rows[f"merged {three}"]["switches"] > rows[f"merged {one}"]["switches"] == 0
     assert rows[f"unmerged {three}"]["evicted_from_device"] > 0
     assert rows[f"unmerged {one}"]["evicted_from_device"] == 0
+    assert threads == {"jlora-engine"}, "between its steps, never beside one"
     assert rows["base"]["rss"] > 1e8
     assert document["plan"]["adapter_page_count"] == 3  # room for one adapter of rank 24
     assert document["device"]["platform"] == "cpu"

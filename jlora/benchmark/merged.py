@@ -61,7 +61,8 @@ class InPlaceMerge:
             self._staged[name] = self._runner.rank_pages.stage(adapter)
 
     def switch(self, name: str | None) -> None:
-        """From the adapter that is merged to another one; None: to the base model. No step may run."""
+        """From the adapter that is merged to another one; None: to the base model. For
+        `Engine.exclusive`: no step may run meanwhile, one on padding included."""
         start = time.perf_counter()
         wanted = None if name is None else self._staged[name]
         if wanted is self._now:

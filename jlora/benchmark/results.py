@@ -6,7 +6,6 @@ settings may lie in the same file: `settings` tells them apart.
 
 import hashlib
 import json
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -93,9 +92,3 @@ def measurement(line: dict[str, Any]) -> Measurement:
         run=Run(**run),
         seen=line["seen"],
     )
-
-
-def last_session(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The newest `session` line, or nothing."""
-    sessions = [line for line in lines if line["kind"] == "session"]
-    return sessions[-1] if sessions else {}

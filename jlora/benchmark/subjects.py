@@ -12,7 +12,6 @@ from jlora.benchmark.load import Target
 from jlora.benchmark.rounds import Case
 from jlora.benchmark.targets import EngineTarget
 from jlora.engine.config import buckets, pick
-from jlora.errors import JloraError
 from jlora.llm import LLM
 
 
@@ -32,18 +31,20 @@ class EngineSubject:
             from jlora.benchmark.merged import MergedTarget  # lazy: imports jax
 
             merge = self._in_place(case)
+
+            def switch(name: str | None) -> None:
+                self._engine.exclusive(partial(merge.switch, name))
+
             try:
-                yield MergedTarget(self._target, self._llm.names[0], merge.switch)
+                yield MergedTarget(self._target, self._llm.names[0], switch)
             finally:
-                self._idle()
-                merge.switch(None)
+                switch(None)
         elif case.system == "compiled":
             restore = self._always_lora()
             try:
                 yield self._target
             finally:
-                self._idle()
-                restore()
+                self._engine.exclusive(restore)
         else:
             yield self._target
 
@@ -68,14 +69,6 @@ class EngineSubject:
 
         runner.dispatch = with_lora
         return partial(setattr, runner, "dispatch", dispatch)
-
-    def _idle(self) -> None:
-        """Until no step is planned any more."""
-        end = time.monotonic() + 60
-        while self._llm.engine.stats().running and self._llm.engine.ready:
-            if time.monotonic() > end:
-                raise JloraError("the engine still runs requests a minute after the last one")
-            time.sleep(0.001)
 
     @property
     def _engine(self) -> Any:

@@ -50,8 +50,6 @@ class EngineConfig:
     rank_page_buckets: tuple[int, ...] = ()
     """Active rank pages of the steps with LoRA (each shape also has a variant without); empty:
     RANK_ROWS up to 64 ranks for each of max_loras. The largest one bounds an adapter's rank."""
-    padding_pages_cost: bool = True
-    """False: steps without prefill compile for the most rank pages only; the kernel skips padding."""
 
     def __post_init__(self) -> None:
         for name in [
@@ -179,8 +177,6 @@ def buckets(config: EngineConfig) -> list[Shape]:
         most = max(64, 24 * rows) // config.rank_page
         least = min(128, (decode + prefill) * 3 // 4) // config.rank_page
         ranks = {r for r in config.rank_page_buckets if least <= r <= most}
-        if not prefill and not config.padding_pages_cost:
-            ranks = set()
         if (decode, prefill) in largest or not ranks:
             ranks.add(config.max_rank_pages)
         shapes += [

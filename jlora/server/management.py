@@ -41,6 +41,7 @@ async def _load(request: Request) -> AdapterEntry:
     if not (body.adapter and body.path):
         param = "lora_path" if body.adapter else "lora_name"
         raise HttpError(400, "Both 'lora_name' and 'lora_path' must be provided.", param)
+    _check_not_merged(service, body.adapter)
 
     def work() -> AdapterEntry:
         path = _locate(body.path, service.options.lora_dir)
@@ -72,10 +73,7 @@ async def _unload(request: Request) -> Drain:
         raise HttpError(
             400, "'lora_name' needs to be provided to unload a LoRA adapter.", "lora_name"
         )
-    if _merged(service.llm) == body.adapter:
-        raise ConflictError(
-            f"adapter '{body.adapter}' is merged into the weights; unmerge it first"
-        )
+    _check_not_merged(service, body.adapter)
     drain = service.llm.store.unload(body.adapter)
     end, pause = time.monotonic() + DRAIN_SECONDS, 0.002
     while not drain.done and not service.draining and time.monotonic() < end:
@@ -83,6 +81,11 @@ async def _unload(request: Request) -> Drain:
         pause = min(0.1, pause * 1.5)
     service.metrics.forget(body.adapter)
     return drain
+
+
+def _check_not_merged(service: Service, name: str) -> None:
+    if _merged(service.llm) == name:
+        raise ConflictError(f"adapter '{name}' is merged into the weights; unmerge it first")
 
 
 def _freed(drain: Drain) -> str:

@@ -12,9 +12,6 @@ from kernels_pallas.paged_attention import xla
 
 IMPLEMENTATIONS = ("xla", "hopper")
 
-HOPPER_BY_DEFAULT = True
-"""tests/gpu passed on an H100 with the kernels as they are."""
-
 
 def paged_attention(
     q: Float[Array, "T N H"],
@@ -48,7 +45,7 @@ def paged_attention(
             f"paged_attention has no implementation {implementation!r}; there are {IMPLEMENTATIONS}"
         )
     args = (q, keys, values, tables, positions)
-    if implementation == "hopper" or (implementation is None and _by_default()):
+    if implementation == "hopper" or (implementation is None and is_hopper("paged_attention")):
         from kernels_pallas.paged_attention import hopper  # imports Mosaic GPU: only where used
 
         try:
@@ -62,11 +59,3 @@ def paged_attention(
     return xla.paged_attention(
         *args, decode=decode, block=block, scale=scale, window=window, softcap=softcap
     )
-
-
-def _by_default() -> bool:
-    if not is_hopper("paged_attention"):
-        return False
-    if not HOPPER_BY_DEFAULT:
-        say_once("paged_attention: the Hopper kernels are not the default yet, XLA instead")
-    return HOPPER_BY_DEFAULT

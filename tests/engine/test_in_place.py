@@ -1,11 +1,13 @@
 """One adapter merged into the weights: it answers as PEFT does, nothing else is served meanwhile,
 and the base comes back bit for bit."""
 
+import shutil
 import threading
 from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from jlora.errors import AdapterError, ConflictError
 from tests.engine.test_engine import NEW, PROMPTS, SMALL, Adapters, Job
@@ -62,6 +64,9 @@ def test_a_merged_adapter_answers_as_peft_does_and_the_base_comes_back_bit_for_b
             parts.in_place.merge(entry(parts, "r4"))
         with pytest.raises(ConflictError, match="'r4' is not merged"):
             parts.in_place.unmerge(entry(parts, "r4"))
+        path = adapters.paths[name]  # the same name again, as another entry
+        again = parts.store.load(name, str(path), replace=True)
+        assert again is not parts.engine.merged
     finally:
         parts.in_place.unmerge(entry(parts, name))
     assert weights(parts) == before
@@ -77,6 +82,47 @@ def test_what_the_base_has_no_place_for_is_refused_and_nothing_changes(parts):
         parts.in_place.merge(entry(parts, "lora_bias"))
     assert weights(parts) == before
     assert Job(parts, PROMPTS[0]).tokens == adapters.greedy(None, PROMPTS[0])
+
+
+def test_a_merge_that_fails_half_way_leaves_the_base_to_those_who_waited(
+    tiny_model, tiny_adapter, tmp_path
+):
+    """In float16 the last layer's merged values overflow when the others are merged already."""
+    from jlora.build import build_engine
+    from jlora.options import ModelOptions
+
+    adapters = Adapters(tiny_model, tiny_adapter)
+    folder = shutil.copytree(adapters.paths["r8"], tmp_path / "large")
+    tensors = load_file(folder / "adapter_model.safetensors")
+    last = max(name for name in tensors if "down_proj.lora_B" in name)
+    for name in (last, last.replace("lora_B", "lora_A")):
+        tensors[name] = np.full_like(tensors[name], 300)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    options = {"lora_modules": (f"large={folder}",), "dtype": "float16", **SMALL}
+    parts = build_engine(ModelOptions(model=str(adapters.folder), **options))
+    in_place = parts.in_place
+    assert in_place is not None
+    try:
+        before, base = weights(parts), Job(parts, PROMPTS[0]).tokens
+        running, errors = Job(parts, PROMPTS[1], max_tokens=100), []
+
+        def merge() -> None:
+            try:
+                in_place.merge(entry(parts, "large"))
+            except AdapterError as error:
+                errors.append(str(error))
+
+        thread = threading.Thread(target=merge)
+        thread.start()
+        waiting = [Job(parts, PROMPTS[0]) for _ in range(3)]
+        thread.join(60)
+        (error,) = errors
+        assert "do not fit float16" in error
+        assert [job.tokens for job in waiting] == [base] * 3
+        assert len(running.tokens) == 100
+        assert weights(parts) == before
+    finally:
+        parts.engine.shutdown(0)
 
 
 def test_running_requests_end_before_a_merge_and_waiting_ones_go_on_after_it(parts):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from kernels_pallas import testing
-from kernels_pallas.paged_attention import api, cases, paged_attention
+from kernels_pallas.paged_attention import cases, paged_attention
 
 pytestmark = [
     pytest.mark.gpu,
@@ -102,7 +102,6 @@ def test_one_compiled_program_serves_any_lengths():
     assert len(traced) == 1
 
 
-@pytest.mark.skipif(not api.HOPPER_BY_DEFAULT, reason="XLA is the default")
 def test_the_default_takes_the_kernel_and_falls_back_aloud(caplog):
     step = cases.step([100, 7], shape=LLAMA)
     text = attend(step, scale=1.0).lower(*step.arrays).as_text()

@@ -148,6 +148,8 @@ def test_an_adapter_is_merged_and_unmerged_over_http(live: Running, oracle: Orac
             assert "'r24' is merged" in refused.json()["error"]["message"]
         assert live.post("/v1/adapters/r4/merge", {}).status_code == 409
         assert live.post("/v1/unload_lora_adapter", {"lora_name": "r24"}).status_code == 409
+        again = {"lora_name": "r24", "lora_path": "copy-r24", "load_inplace": True}
+        assert live.post("/v1/load_lora_adapter", again).status_code == 409
     finally:
         assert live.post("/v1/adapters/r24/unmerge", {}).json()["unmerged"] is True
     assert merged() == []
