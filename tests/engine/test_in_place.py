@@ -3,6 +3,7 @@ and the base comes back bit for bit."""
 
 import shutil
 import threading
+import time
 from typing import Any
 
 import numpy as np
@@ -114,6 +115,9 @@ def test_a_merge_that_fails_half_way_leaves_the_base_to_those_who_waited(
 
         thread = threading.Thread(target=merge)
         thread.start()
+        end = time.monotonic() + 60
+        while not parts.engine._exclusive and time.monotonic() < end:
+            time.sleep(0.001)  # those who come now wait for the merge's end
         waiting = [Job(parts, PROMPTS[0]) for _ in range(3)]
         thread.join(60)
         (error,) = errors
