@@ -39,8 +39,8 @@ class EngineConfig:
     """Keep the KV pages of finished prompts and reuse them for equal prefixes."""
     max_logprobs: int = 20
     """Likeliest tokens that a request may ask for at each position."""
-    max_adapter_wait: float = 0.5
-    """Seconds that a request waits for room for its adapter before room is made (see Scheduler)."""
+    max_adapter_wait: int = 64
+    """Steps that a request waits for room for its adapter before room is made (see room.py)."""
     seed: int = 0
     """Seeds the draws of requests that bring no seed of their own."""
     decode_buckets: tuple[int, ...] = ()
@@ -62,17 +62,13 @@ class EngineConfig:
             "prefill_block",
         ]:
             _at_least(name, getattr(self, name), 1)
-        _at_least("max_logprobs", self.max_logprobs, 0)
+        for name in ["max_logprobs", "max_adapter_wait"]:
+            _at_least(name, getattr(self, name), 0)
         if self.max_num_batched_tokens % self.prefill_block:
             raise ParameterError(
                 f"max_num_batched_tokens must be a multiple of prefill_block={self.prefill_block}, "
                 f"got {self.max_num_batched_tokens}",
                 param="max_num_batched_tokens",
-            )
-        if not 0 <= self.max_adapter_wait < float("inf"):
-            raise ParameterError(
-                f"max_adapter_wait must be seconds of at least 0, got {self.max_adapter_wait}",
-                param="max_adapter_wait",
             )
         if self.num_pages is not None:
             self.check_num_pages(self.num_pages)
@@ -166,8 +162,7 @@ def buckets(config: EngineConfig) -> list[Shape]:
 
     Few rows have few adapters, so a small step comes with few rank pages only: a step with few
     rows and many pages (one adapter of a high rank) is padded to more rows. A large step comes
-    with no fewer rank rows than tokens, about: padding pages cost it little, a program costs a
-    start half a second.
+    with 64 rank rows at least: padding pages cost it little, a program costs a start half a second.
     """
     sizes = [(rows, 0) for rows in config.decode_buckets] + list(config.prefill_buckets)
     largest = {sizes[len(config.decode_buckets) - 1], sizes[-1]}
@@ -175,7 +170,7 @@ def buckets(config: EngineConfig) -> list[Shape]:
     for decode, prefill in sizes:
         rows = decode + prefill // config.prefill_block
         most = max(64, 24 * rows) // config.rank_page
-        least = min(128, (decode + prefill) * 3 // 4) // config.rank_page
+        least = min(64, (decode + prefill) * 3 // 4) // config.rank_page
         ranks = {r for r in config.rank_page_buckets if least <= r <= most}
         if (decode, prefill) in largest or not ranks:
             ranks.add(config.max_rank_pages)

@@ -1,13 +1,14 @@
 """Which adapters run: room in the step and on the device, and whose turn it is when there is none.
 
 No adapter starves. A blocked adapter's clock starts when one of its requests is passed over for
-room. The longest blocked one, after `max_adapter_wait` seconds, has the *claim*: no other blocked
+room. The longest blocked one, after `max_adapter_wait` steps, has the *claim*: no other blocked
 adapter starts, and the adapter that has been running longest takes no new requests, so that it
 drains. If that does not do within another `max_adapter_wait`, the longest running adapters that
 have run for `max_adapter_wait` or more, and whose prompts are all computed, are preempted until
 there is room. So an adapter with k blocked ones before it gets room within about
 (2 + k / max_loras) * max_adapter_wait of its turn (and the time of running prefills); each runs for
-max_adapter_wait at least, and every sequence gains a token or more whenever it runs.
+max_adapter_wait at least, and every sequence gains a token or more whenever it runs. Time is counted
+in steps, so that a slow device does not throw requests back before they got anywhere.
 """
 
 from collections.abc import Collection, Iterable
@@ -40,7 +41,7 @@ class _Active:
     """An adapter with running sequences."""
 
     entry: Any
-    since: float
+    since: int
     running: int = 0
 
 
@@ -51,7 +52,7 @@ class AdapterRoom:
         self.config = config
         self.store = store
         self._active: dict[int, _Active] = {}  # by id(entry)
-        self._blocked: dict[int, float] = {}  # id(entry) -> since when it waits for room
+        self._blocked: dict[int, int] = {}  # id(entry) -> the step since which it waits for room
         self._claim: Any = None
         self._placements: list[Any] = []
 
@@ -78,7 +79,7 @@ class AdapterRoom:
             )
         return None
 
-    def may_start(self, entry: Any, now: float) -> bool:
+    def may_start(self, entry: Any, step: int) -> bool:
         """Whether a waiting request of it may be admitted; notes since when room stands in the way."""
         if id(entry) in self._active:
             return self._claim is None or entry is not self._oldest().entry
@@ -86,17 +87,17 @@ class AdapterRoom:
             return False
         claimed = self._claim is not None and self._claim is not entry
         if claimed or not self._fits(entry):
-            self._blocked.setdefault(id(entry), now)
+            self._blocked.setdefault(id(entry), step)
             return False
         return True
 
-    def enter(self, entry: Any, now: float) -> bool:
+    def enter(self, entry: Any, step: int) -> bool:
         """One more running sequence of it; False if the device has no rank pages for it now."""
         if id(entry) not in self._active:
             if not self._place(entry):
-                self._blocked.setdefault(id(entry), now)
+                self._blocked.setdefault(id(entry), step)
                 return False
-            self._active[id(entry)] = _Active(entry, now)
+            self._active[id(entry)] = _Active(entry, step)
             self._blocked.pop(id(entry), None)
             if self._claim is entry:
                 self._claim = None
@@ -110,7 +111,7 @@ class AdapterRoom:
         if not active.running:
             del self._active[id(entry)]
 
-    def claim(self, waiting: Iterable[Any], now: float) -> Any:
+    def claim(self, waiting: Iterable[Any], step: int) -> Any:
         """The adapter that room must be made for at any cost now, or None. Called once a step with
         the adapters of all waiting requests; decides who has the claim."""
         self._claim = None
@@ -121,29 +122,29 @@ class AdapterRoom:
         if not self._blocked:
             return None
         key, since = min(self._blocked.items(), key=lambda item: item[1])
-        if now - since < self.config.max_adapter_wait:
+        if step - since < self.config.max_adapter_wait:
             return None
         if not self.store.host_ready(entries[key]):
             del self._blocked[key]  # evicted from the host: it waits for its file, not for room
             return None
         self._claim = entries[key]
-        return self._claim if now - since >= 2 * self.config.max_adapter_wait else None
+        return self._claim if step - since >= 2 * self.config.max_adapter_wait else None
 
     def ready(self, entry: Any) -> bool:
         """Whether there is room for it; if so it is on the device from the next step on."""
         return self._fits(entry) and self._place(entry)
 
-    def victim(self, now: float, prefilling: Collection[Any]) -> Any:
+    def victim(self, step: int, prefilling: Collection[Any]) -> Any:
         """The adapter whose sequences must all be preempted next, or None: none has run enough.
 
         One of those `prefilling` is spared: preempted there again and again, it would never end.
         """
         oldest = self._oldest() if self._active else None
-        if oldest is None or now - oldest.since < self.config.max_adapter_wait:
+        if oldest is None or step - oldest.since < self.config.max_adapter_wait:
             return None
         if any(oldest.entry is entry for entry in prefilling):
             return None
-        self._blocked[id(oldest.entry)] = now
+        self._blocked[id(oldest.entry)] = step
         return oldest.entry
 
     def _oldest(self) -> _Active:

@@ -106,6 +106,7 @@ class Scheduler:
         self._ended: list[Sequence] = []
         self._slots = list(range(config.max_num_seqs))
         self._orders = 0
+        self._steps = 0  # planned since the start
 
     @property
     def unfinished(self) -> int:
@@ -161,10 +162,9 @@ class Scheduler:
 
     def schedule(self) -> Plan | None:
         """The next step, or None if nothing can run now."""
-        now = self._clock()
         preempted: list[Sequence] = []
         self._fail_unusable()
-        self._make_room(now, preempted)
+        self._make_room(preempted)
         rotated = len(preempted)
         decodes = self._decode(preempted)
         prefills: list[Chunk] = []
@@ -173,9 +173,10 @@ class Scheduler:
             if seq.prefilling and budget > 0:
                 budget -= self._prefill(seq, budget, prefills)
         if len(preempted) == rotated:  # pages just ran out: nobody new may take them
-            budget = self._admit(now, budget, prefills)
+            budget = self._admit(budget, prefills)
         if not decodes and not prefills:
             return None
+        self._steps += 1
         chunks = (*decodes, *prefills)
         return Plan(
             decodes=decodes,
@@ -260,22 +261,24 @@ class Scheduler:
 
     # ---- admission ---------------------------------------------------------------------------
 
-    def _admit(self, now: float, budget: int, chunks: list[Chunk]) -> int:
+    def _admit(self, budget: int, chunks: list[Chunk]) -> int:
         """Start waiting requests in order; returns what is left of the token budget."""
         for seq in list(self.waiting):
             if not self._slots or budget <= 0:
                 break
-            if seq.steps or not (seq.adapter is None or self.room.may_start(seq.adapter, now)):
+            if seq.steps or not (
+                seq.adapter is None or self.room.may_start(seq.adapter, self._steps)
+            ):
                 continue
             if not self._take_pages(seq):
                 break
-            if seq.adapter is not None and not self.room.enter(seq.adapter, now):
+            if seq.adapter is not None and not self.room.enter(seq.adapter, self._steps):
                 self.pages.free(seq.pages)
                 seq.pages, seq.num_computed = [], 0
                 continue
             self.waiting.remove(seq)
             if seq.queue_seconds is None:
-                seq.queue_seconds = now - seq.arrival
+                seq.queue_seconds = self._clock() - seq.arrival
             self._start(seq)
             budget -= self._prefill(seq, budget, chunks)
         return budget
@@ -317,14 +320,15 @@ class Scheduler:
                     self._finish(seq, "error")
                     self._ended.append(seq)
 
-    def _make_room(self, now: float, preempted: list[Sequence]) -> None:
+    def _make_room(self, preempted: list[Sequence]) -> None:
         """Preempt for an adapter that was blocked too long, and put its request first."""
-        entry = self.room.claim((s.adapter for s in self.waiting if s.adapter is not None), now)
+        waiting = (seq.adapter for seq in self.waiting if seq.adapter is not None)
+        entry = self.room.claim(waiting, self._steps)
         if entry is None:
             return
         while not self.room.ready(entry):
             prefilling = [seq.adapter for seq in self.running if seq.prefilling]
-            victim = self.room.victim(now, prefilling)
+            victim = self.room.victim(self._steps, prefilling)
             if victim is None:
                 return
             for seq in reversed([seq for seq in self.running if seq.adapter is victim]):

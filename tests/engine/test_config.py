@@ -22,7 +22,7 @@ def make(**fields: Any) -> EngineConfig:
     [
         ("max_model_len", 0), ("max_num_seqs", 0), ("max_num_seqs", 1.5), ("page_size", True),
         ("max_loras", 0), ("prefill_block", 0), ("max_num_batched_tokens", 100),
-        ("max_logprobs", -1), ("max_adapter_wait", -1.0), ("max_adapter_wait", float("nan")),
+        ("max_logprobs", -1), ("max_adapter_wait", -1), ("max_adapter_wait", 0.5),
         ("decode_buckets", (1, 8)), ("decode_buckets", (0, 32)), ("decode_buckets", (32, 64)),
         ("prefill_buckets", ((8, 64),)), ("prefill_buckets", ((32, 256), (8, 60))),
         ("prefill_buckets", ((32, 256), (64, 64))), ("rank_page_buckets", (0, 8)),
@@ -46,7 +46,7 @@ def test_the_default_shapes_are_few():
     assert config.prefill_buckets == ((8, 64), (32, 256))
     assert config.rank_page_buckets == (1, 4, 8, 32)
     assert config.max_rank == 512
-    assert len(buckets(config)) == len(set(buckets(config))) == 18
+    assert len(buckets(config)) == len(set(buckets(config))) == 19
     assert make(max_num_seqs=256).decode_buckets == (1, 8, 32, 64, 128, 256)
     assert make(max_num_seqs=1).decode_buckets == (1,)
     small = make(max_num_seqs=4, max_num_batched_tokens=16)

@@ -12,7 +12,7 @@ from jlora.engine.params import SamplingParams
 from jlora.engine.scheduler import Scheduler
 from jlora.engine.sequence import Sequence, Status
 from jlora.errors import ParameterError
-from tests.engine.fakes import STEP_SECONDS, Entry, Loop, Request, Store, alone, next_token
+from tests.engine.fakes import Entry, Loop, Request, Store, alone, next_token
 
 LONG = SamplingParams(max_tokens=None, ignore_eos=True)
 
@@ -249,7 +249,7 @@ def hot(loop: Loop, count: int, each: int = 2) -> list[Entry]:
     return entries
 
 
-WAIT = 0.5
+WAIT = 5
 
 
 @pytest.mark.parametrize("max_loras", [1, 2, 4])
@@ -269,7 +269,7 @@ def test_a_cold_adapter_gets_in_within_the_bound(max_loras: int, cold: int):
     assert order == list(range(cold)), "first come, first served"
     for i in range(cold):
         waited = loop.started[f"cold{i}"] - arrived
-        bound = (2 + i // max_loras) * (round(WAIT / STEP_SECONDS) + 1) + i + 1  # in steps
+        bound = (2 + i // max_loras) * (WAIT + 1) + i + 1  # in steps
         assert waited <= bound, (i, waited)
     # Those that made room are not forgotten either.
     produced = {name: seq.num_output for name, seq in loop.sequences.items()}
@@ -288,7 +288,7 @@ def test_a_cold_adapter_needing_most_rank_pages_gets_them_all():
     arrived = loop.tick
     while "wide" not in loop.started:
         loop.step()
-    assert (loop.started["wide"] - arrived) * STEP_SECONDS <= 2 * WAIT + 2 * STEP_SECONDS
+    assert loop.started["wide"] - arrived <= 2 * WAIT + 2
     assert len(loop.scheduler.running_adapters) == 1
 
 
@@ -302,7 +302,7 @@ def test_room_on_the_device_counts_as_well_as_room_in_the_step():
     arrived = loop.tick
     while "cold" not in loop.started:
         loop.step()
-    assert (loop.started["cold"] - arrived) * STEP_SECONDS <= 2 * WAIT + 2 * STEP_SECONDS
+    assert loop.started["cold"] - arrived <= 2 * WAIT + 2
 
 
 def test_an_adapter_that_drains_in_time_is_not_preempted():
@@ -344,12 +344,12 @@ def test_a_flood_for_one_adapter_does_not_keep_others_out():
         if "cold" in loop.started:
             break
     turn = loop.started["cold"] - loop.started["flood29"]  # the one that arrived just before
-    assert turn * STEP_SECONDS <= 2 * WAIT + 2 * STEP_SECONDS
+    assert turn <= 2 * WAIT + 2
 
 
 def test_a_long_prefill_is_not_rotated_away_before_its_first_token():
     loop = make(
-        max_loras=1, max_adapter_wait=0.0, max_model_len=110, num_pages=90,
+        max_loras=1, max_adapter_wait=0, max_model_len=110, num_pages=90,
         enable_prefix_caching=False,
     )  # fmt: skip
     for name in ("x", "y", "z"):
@@ -427,7 +427,7 @@ def test_a_smaller_adapter_does_not_steal_the_room_that_the_claim_waits_for():
     loop.add("narrow", new(3, max_tokens=3, first=4), Entry("narrow", rank=32))
     loop.run()
     assert loop.started["wide"] < loop.started["narrow"]
-    assert (loop.started["wide"] - 1) * STEP_SECONDS <= 2 * WAIT + 2 * STEP_SECONDS
+    assert loop.started["wide"] - 1 <= 2 * WAIT + 2
 
 
 def test_an_adapter_runs_for_the_whole_wait_before_it_is_rotated_away():
@@ -439,4 +439,4 @@ def test_an_adapter_runs_for_the_whole_wait_before_it_is_rotated_away():
     ran = [plan.adapters[0].name for plan in loop.plans if plan is not None and plan.adapters]
     runs = [len(list(group)) for _, group in itertools.groupby(ran)]
     assert len(runs) > 5
-    assert min(runs[:-1]) >= round(WAIT / STEP_SECONDS)
+    assert min(runs[:-1]) >= WAIT

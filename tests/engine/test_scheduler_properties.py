@@ -64,7 +64,7 @@ def configs(draw: st.DrawFn) -> EngineConfig:
         max_loras=draw(st.integers(1, 3)),
         prefill_block=block,
         enable_prefix_caching=draw(st.booleans()),
-        max_adapter_wait=draw(st.sampled_from([0.0, 0.3, 1.0])),
+        max_adapter_wait=draw(st.sampled_from([0, 3, 10])),
         rank_page_buckets=(draw(st.integers(3, 6)),),
     )
 
