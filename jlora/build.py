@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora.adapters.adapter import SUPPORT, Support
+from jlora.adapters.adapter import LEVELS, Support
 from jlora.adapters.entry import AdapterEntry
 from jlora.adapters.peft import read_adapter, required_support
 from jlora.adapters.pool import RankPages, page_bytes
@@ -278,12 +278,9 @@ def _place(entries: Sequence[AdapterEntry], store: AdapterStore, rank_pages: Ran
 def _support(options: ModelOptions, cfg: ModelConfig) -> Support:
     """What the rank pages must hold: what was asked for, or the least that the start's adapters need."""
     if options.lora_support != "auto":
-        return options.lora_support
-    levels = {required_support(module.path, cfg) for module in options.adapters}
-    most: Support = "plain"
-    for level in SUPPORT:
-        most = level if level in levels else most
-    return most
+        return LEVELS[options.lora_support]
+    needed = (required_support(module.path, cfg) for module in options.adapters)
+    return LEVELS["plain"].union(*needed)
 
 
 def _load_adapters(options: ModelOptions, store: AdapterStore) -> list[AdapterEntry]:

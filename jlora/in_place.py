@@ -14,12 +14,12 @@ from jaxtyping import Float
 
 from jlora.adapters.adapter import NO_LAYER
 from jlora.adapters.entry import AdapterEntry
-from jlora.adapters.pool import HostPage, RankPages, StagedAdapter, groups_of
+from jlora.adapters.pool import HostPage, RankPages, StagedAdapter, groups_of, in_layers
 from jlora.adapters.store import AdapterStore
 from jlora.engine.engine import Engine
 from jlora.engine.programs import Programs
 from jlora.errors import AdapterError, ConflictError
-from jlora.models.config import GROUPS
+from jlora.models.config import GROUPS, NORM_GROUPS
 from jlora.sharding import Layout
 
 Path = tuple[str | int, ...]
@@ -136,8 +136,11 @@ def _changes(
 ) -> Iterator[tuple[Path, _Change]]:
     """The changed parameters of a Decoder, from the pages as they would lie on the device."""
     for group, parts in groups_of(layout.cfg, pages.support).items():
-        layers = range(layout.cfg.layers) if group in GROUPS else [0]
+        layers = range(layout.cfg.layers) if in_layers(group) else [0]
         for index in layers:
+            if group in NORM_GROUPS:
+                yield from _norms(staged, layout, group, index)
+                continue
             change, runs, at = _Change(), [], 0
             for projection, source in layout.output_index(group):
                 runs.append((parts.index(projection), slice(at, at + len(source))))
@@ -155,6 +158,21 @@ def _changes(
                 bias = _Change()
                 bias.offset = offset
                 yield _path(layer, group, "bias"), bias
+
+
+def _norms(
+    staged: StagedAdapter, layout: Layout, group: str, index: int
+) -> Iterator[tuple[Path, _Change]]:
+    """The norms of a layer, or the last one."""
+    offsets = _vector(staged.host_pages[0][group].offset, index)
+    assert offsets is not None
+    at = 0
+    for name, source in layout.output_index(group):
+        change, at = _Change(), at + len(source)
+        change.offset = offsets[at - len(source) : at]
+        if change.offset.any():
+            norm = group == "norm"
+            yield ("norm",) if norm else ("layers", index, layout.cfg.norms[name][0]), change
 
 
 def _pieces(

@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from jlora.adapters.adapter import SUPPORT, Adapter, Support
+from jlora.adapters.adapter import LEVELS, Adapter, Level, level_of
 from jlora.adapters.peft import read_adapter
 from jlora.cli import fail, parse
 from jlora.console import ProgressBars, setup_logging
@@ -57,16 +57,15 @@ class Joined:
         for adapter in self.adapters:
             if adapter.vectors:
                 raise AdapterError(
-                    f"{adapter.path} has DoRA or biases: it cannot be joined to a plain adapter; "
+                    f"{adapter.path} has DoRA, biases or norms: it cannot be joined to a plain adapter; "
                     "--output merges it"
                 )
         return combine(self.adapters, self.weights, self.recipe)
 
     @property
-    def support(self) -> Support:
+    def support(self) -> Level:
         """What an engine must support for all of them."""
-        needed = {adapter.support for adapter in self.adapters}
-        return next(support for support in reversed(SUPPORT) if support in needed)
+        return level_of(LEVELS["plain"].union(*(adapter.support for adapter in self.adapters)))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

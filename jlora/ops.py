@@ -24,9 +24,9 @@ KV = tuple[Float[Array, "P K page H"], Float[Array, "P K page H"]]
 
 
 def rms_norm(
-    x: Float[Array, "... D"], weight: Float[Array, "D"], eps: float, plus_one: bool = False
+    x: Float[Array, "... D"], weight: Float[Array, "... D"], eps: float, plus_one: bool = False
 ) -> Array:
-    """x / rms(x) · weight over the last axis, computed in float32.
+    """x / rms(x) · weight over the last axis, computed in float32; a weight for all rows, or each.
 
     `plus_one`: times 1 + weight, also in float32 (Gemma; others round to x's type before).
     """

@@ -125,8 +125,8 @@ class ModelOptions:
     merge: str | None = None
     """Serve this adapter of lora_modules merged into the weights, at no cost; nothing else is served until it is unmerged."""
 
-    lora_support: Literal["auto", "plain", "vectors", "full"] = "auto"
-    """What adapters may change: plain: the projections of layers; vectors: also by DoRA and biases; full: embed_tokens and lm_head too. Every step with adapters pays for it. auto: the least that lora_modules need."""
+    lora_support: Literal["auto", "plain", "vectors", "norms", "full"] = "auto"
+    """What adapters may change: plain: the projections of layers; vectors: also by DoRA and biases; norms: also trained norms; full: embed_tokens and lm_head too. Every step with adapters pays for it. auto: exactly what lora_modules need."""
 
     lora_host_memory: str | None = None
     """Host memory for adapters, e.g. 4GiB. Default: no limit."""

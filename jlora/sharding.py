@@ -17,7 +17,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jlora.errors import ParameterError
-from jlora.models.config import ALL_GROUPS, ModelConfig
+from jlora.models.config import ALL_GROUPS, NORM_GROUPS, ModelConfig
 
 AXIS = "model"
 """Name of the only mesh axis: tensor parallelism."""
@@ -43,6 +43,8 @@ GROUP_AXES: dict[str, tuple[str, str]] = {
     "down": ("mlp", "embed"),
     "embed": ("vocab", "embed"),
     "head": ("embed", "vocab"),
+    "norms": ("norm", "norm"),
+    "norm": ("norm", "norm"),
 }
 """Logical axes (input, output) of each group's weight."""
 
@@ -157,6 +159,8 @@ class Layout:
 
     def input_index(self, group: str) -> np.ndarray | None:
         """Source column of each input column of a group; None: the checkpoint's own order."""
+        if group in NORM_GROUPS:
+            return np.arange(0)  # vectors only
         index = {
             "o": self._part_index["q_proj"],
             "down": self.mlp_index,
@@ -172,6 +176,9 @@ class Layout:
 
         For a column group: device 0's rows of every part, then device 1's, and so on.
         """
+        if group in NORM_GROUPS:
+            widths = [(name, self.cfg.norm_width(name)) for name in self.cfg.parts(group)]
+            return [(name, np.arange(width or 0)) for name, width in widths]
         parts = ALL_GROUPS[group]
         if len(parts) == 1:
             return [(parts[0], self._part_index[parts[0]])]
@@ -179,7 +186,9 @@ class Layout:
         return [(part, split[part][device]) for device in range(self.tp) for part in parts]
 
     def part_sizes(self, group: str) -> tuple[int, ...]:
-        """Output width of each part of a group on one device."""
+        """Output width of each part of a group on one device; all norms are one part."""
+        if group in NORM_GROUPS:
+            return (self.group_shape(group)[1],)
         devices = self.tp if RULES[GROUP_AXES[group][1]] else 1
         return tuple(len(self._part_index[part]) // devices for part in ALL_GROUPS[group])
 

@@ -6,7 +6,7 @@ never a name or a path.
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from types import MappingProxyType
@@ -18,13 +18,29 @@ from jaxtyping import Float
 from jlora.models.config import ModelConfig
 
 NO_LAYER = -1
-"""The layer of what is in none: embed_tokens and lm_head."""
+"""The layer of what is in none: embed_tokens, lm_head and the last norm."""
 
-Support = Literal["plain", "vectors", "full"]
-"""What adapters may hold, each with what comes before it. plain: pairs on the projections of layers.
-vectors: scales and offsets (DoRA, biases). full: embed_tokens and lm_head."""
+Feature = Literal["vectors", "norms", "vocabulary"]
+"""What adapters may hold beside pairs on the projections of layers. vectors: scales and offsets of
+their outputs (DoRA, biases). norms: trained norms. vocabulary: embed_tokens and lm_head."""
 
-SUPPORT: tuple[Support, ...] = ("plain", "vectors", "full")
+Support = frozenset[Feature]
+"""What an engine is compiled for: every step with adapters pays for each."""
+
+Level = Literal["plain", "vectors", "norms", "full"]
+
+LEVELS: dict[Level, Support] = {
+    "plain": frozenset(),
+    "vectors": frozenset({"vectors"}),
+    "norms": frozenset({"vectors", "norms"}),
+    "full": frozenset({"vectors", "norms", "vocabulary"}),
+}
+"""What a user asks for, each with what comes before it."""
+
+
+def level_of(support: Support) -> Level:
+    """The least level that has all of it."""
+    return next(level for level, has in LEVELS.items() if support <= has)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +85,8 @@ class Adapter:
     """Keyed by (layer, module of the checkpoint): (3, "q_proj"), (3, "qkv_proj") where it is fused,
     (NO_LAYER, "lm_head")."""
     vectors: dict[tuple[int, str], OutputVectors] = field(default_factory=dict)
-    """Keyed likewise; a projection may have vectors without a pair."""
+    """Keyed likewise; a projection may have vectors without a pair. A norm's offset is added to
+    its weight: (3, "input_layernorm"), (NO_LAYER, "norm")."""
     chat_template: str | None
 
     @cached_property
@@ -90,9 +107,25 @@ class Adapter:
     @property
     def support(self) -> Support:
         """The least that an engine must support to serve it."""
-        if any(layer == NO_LAYER for layer, _ in self.touched):
-            return "full"
-        return "vectors" if self.vectors else "plain"
+        return support_of(self.touched, {name for _, name in self.vectors})
+
+
+def support_of(touched: Iterable[tuple[int, str]], vectors: Iterable[str]) -> Support:
+    """What these places need, and names with vectors."""
+    features: set[Feature] = set()
+    for layer, name in touched:
+        if is_norm(name):
+            features.add("norms")
+        elif layer == NO_LAYER:
+            features.add("vocabulary")
+    if any(not is_norm(name) for name in vectors):
+        features.add("vectors")
+    return frozenset(features)
+
+
+def is_norm(module: str) -> bool:
+    """Whether a module of a decoder is a norm, by the last word of its name."""
+    return module.endswith("norm")
 
 
 def by_projection(adapter: Adapter, cfg: ModelConfig) -> Adapter:

@@ -30,6 +30,10 @@ class Base(Protocol):
         """Some rows of a weight."""
         ...
 
+    def norm(self, layer: int, name: str) -> np.ndarray:
+        """The weight of a norm."""
+        ...
+
     def bias(self, layer: int, projection: str) -> np.ndarray | None:
         """The bias, if there is one."""
         ...

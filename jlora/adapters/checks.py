@@ -8,9 +8,10 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
-from jlora.adapters.adapter import NO_LAYER
+from jlora.adapters.adapter import NO_LAYER, is_norm
 from jlora.adapters.keys import BLOCKS, VOCABULARY, Found, Kind, Place, shown_place
 from jlora.adapters.lora_config import CONFIG_FILE, LoraConfig
+from jlora.adapters.tensors import TensorInfo
 from jlora.errors import AdapterError
 from jlora.models.config import ModelConfig
 
@@ -46,7 +47,12 @@ def _check_kinds(modules: Modules, config: LoraConfig, folder: Path) -> None:
                 raise AdapterError(
                     f"{where} has no {feature} tensor, though {CONFIG_FILE} says {field}"
                 )
-        saved = place[1] in config.saved
+        if is_norm(place[1]) and (other := has.keys() - {"weight"}):
+            raise AdapterError(
+                f"{where} has {has[min(other)].name[:160]!r}: a norm can only be saved whole "
+                "(modules_to_save)"
+            )
+        saved = is_saved(place[1], config)
         if "weight" in has and not saved:
             raise AdapterError(
                 f"{where} has a full weight, {has['weight'].name[:160]!r}, which modules_to_save "
@@ -71,8 +77,15 @@ def _check_kinds(modules: Modules, config: LoraConfig, folder: Path) -> None:
         if (NO_LAYER, name) not in modules:
             raise AdapterError(f"{folder}: trainable_token_indices names {name}, without tensors")
     for name in config.saved:
-        if not any(place[1] == name and "weight" in modules[place].tensors for place in modules):
+        if not any(
+            place[1].endswith(name) and "weight" in modules[place].tensors for place in modules
+        ):
             raise AdapterError(f"{folder}: modules_to_save names {name!r}, which has no tensors")
+
+
+def is_saved(module: str, config: LoraConfig) -> bool:
+    """Whether modules_to_save names a module; peft compares ends of names: "norm" is all norms."""
+    return any(module.endswith(name) for name in config.saved)
 
 
 def _check_shapes(modules: Modules, config: LoraConfig, cfg: ModelConfig, folder: Path) -> None:
@@ -80,6 +93,9 @@ def _check_shapes(modules: Modules, config: LoraConfig, cfg: ModelConfig, folder
         has = found.tensors
         if "A" in has:
             _check_pair(place, found, config, cfg, folder)
+        if (norm := cfg.norm_width(place[1])) is not None:
+            _check_shape("weight", has["weight"], (norm,), place, folder)
+            continue
         width, out = cfg.shape(place[1])
         stored = (width, out) if place[1] == VOCABULARY[0] else (out, width)
         expected: dict[Kind, tuple[int, ...]] = {
@@ -98,14 +114,21 @@ def _check_shapes(modules: Modules, config: LoraConfig, cfg: ModelConfig, folder
                     f"tokens 0 to {cfg.vocab - 1}; adapters that add tokens are not supported"
                 )
         for kind, shape in expected.items():
-            if kind in has and has[kind].shape != shape:
-                hint = ""
-                if place[1] in VOCABULARY and kind in ("weight", "copy"):
-                    hint = "; adapters that add tokens are not supported"
-                raise AdapterError(
-                    f"{folder}: {has[kind].name[:160]!r} is {list(has[kind].shape)}, expected "
-                    f"{list(shape)}{hint}"
-                )
+            if kind in has:
+                _check_shape(kind, has[kind], shape, place, folder)
+
+
+def _check_shape(
+    kind: Kind, info: TensorInfo, shape: tuple[int, ...], place: Place, folder: Path
+) -> None:
+    if info.shape == shape:
+        return
+    hint = ""
+    if place[1] in VOCABULARY and kind in ("weight", "copy"):
+        hint = "; adapters that add tokens are not supported"
+    raise AdapterError(
+        f"{folder}: {info.name[:160]!r} is {list(info.shape)}, expected {list(shape)}{hint}"
+    )
 
 
 def _check_pair(

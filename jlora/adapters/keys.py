@@ -21,7 +21,7 @@ base's weight, replaced (modules_to_save). copy: the embedding that peft writes 
 it. tokens: rows of the embedding, replaced (trainable tokens)."""
 
 Place = tuple[int, str]
-"""(layer, projection); NO_LAYER for embed_tokens and lm_head."""
+"""(layer, projection or norm); NO_LAYER for embed_tokens, lm_head and the last norm."""
 
 # What a module's path may start with: wrappers of trainers and multi-modal models around the
 # decoder. Words such as vision_tower are not here, so that their layers are never taken for ours.
@@ -50,12 +50,11 @@ _SUFFIXES: tuple[tuple[Kind, str], ...] = (
 _KINDS: tuple[tuple[Kind, re.Pattern[str]], ...] = tuple(
     (kind, re.compile(rf"([^\n]+){suffix}")) for kind, suffix in _SUFFIXES
 )
-_MODULE = re.compile(r"layers\.([0-9]{1,6})\.(self_attn|mlp)\.([a-z_]+)")
+_MODULE = re.compile(r"layers\.([0-9]{1,6})\.(?:(self_attn|mlp)\.)?([a-z_]+)")
 _FEATURES: tuple[tuple[str, str], ...] = (
     ("lora_diag", "KaSA"),
     ("lora_velora", "VeLoRA's state"),
     ("experts", "LoRA on MoE experts"),
-    ("norm.", "a trained norm (modules_to_save)"),
 )
 
 
@@ -123,18 +122,26 @@ def _split(key: str, folder: Path) -> tuple[str, Kind, str | None]:
     raise AdapterError(f"{folder}: {key[:160]!r} is an unknown tensor")
 
 
+def _is_norm(block: str | None, name: str, cfg: ModelConfig) -> bool:
+    """Those of heads are in self_attn, others in no block."""
+    return name in cfg.norms and (block == "self_attn") == (name in ("q_norm", "k_norm"))
+
+
 def _place(module: str, key: str, cfg: ModelConfig, folder: Path) -> Place:
     """(layer, projection) of a module's name, whatever wraps the decoder."""
     words = module.split(".")
     start = next((i for i, word in enumerate(words) if word not in WRAPPERS), len(words))
     rest = ".".join(words[start:])
-    if start <= 8 and rest in VOCABULARY:
+    if start <= 8 and rest in (*VOCABULARY, "norm"):
         return NO_LAYER, rest
     match = _MODULE.fullmatch(rest) if start <= 8 else None
-    if match is None or BLOCKS.get(match[3]) != match[2] or match[3] not in cfg.modules:
+    norm = match is not None and _is_norm(match[2], match[3], cfg)
+    linear = match is not None and BLOCKS.get(match[3], "") == match[2] and match[3] in cfg.modules
+    if match is None or not (norm or linear):
         raise AdapterError(
-            f"{folder}: tensor {key[:160]!r} is for none of the modules that LoRA is supported on "
-            f"({', '.join(cfg.modules)} of a decoder layer, {', '.join(VOCABULARY)})"
+            f"{folder}: tensor {key[:160]!r} is for none of the modules that adapters may change "
+            f"({', '.join((*cfg.modules, *cfg.norms))} of a decoder layer, "
+            f"{', '.join(VOCABULARY)}, norm)"
         )
     layer = int(match[1])
     if layer >= cfg.layers:
@@ -142,7 +149,7 @@ def _place(module: str, key: str, cfg: ModelConfig, folder: Path) -> Place:
             f"{folder}: tensor {key[:160]!r} is for layer {layer}, {cfg.name!r} has layers 0 to "
             f"{cfg.layers - 1}; was this adapter trained on another base model?"
         )
-    if match[3] not in cfg.modules_of(layer):
+    if linear and match[3] not in cfg.modules_of(layer):
         raise AdapterError(
             f"{folder}: tensor {key[:160]!r} is for layer {layer}, whose MLP is made of experts"
         )

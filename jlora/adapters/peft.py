@@ -21,6 +21,8 @@ from jlora.adapters.adapter import (
     OutputVectors,
     Support,
     content_hash,
+    is_norm,
+    support_of,
 )
 from jlora.adapters.against_base import Base
 from jlora.adapters.checks import check_modules
@@ -100,10 +102,9 @@ def required_support(path: str | Path, cfg: ModelConfig) -> Support:
     _check_folder(folder)
     with open_weights(folder) as (_, _, header):
         modules = sort_tensors(header, cfg, folder)
-    if any(layer == NO_LAYER for layer, _ in modules):
-        return "full"
-    pairs_only = all(found.tensors.keys() <= {"A", "B", "weight"} for found in modules.values())
-    return "plain" if pairs_only else "vectors"
+    pairs_only: set[str] = {"A", "B", "weight", "copy", "tokens"}
+    more = [name for (_, name), found in modules.items() if found.tensors.keys() - pairs_only]
+    return support_of(modules, more)
 
 
 class _Reader:
@@ -127,6 +128,9 @@ class _Reader:
     def add(self, place: Place, found: Found) -> None:
         """Everything of one module."""
         has = found.tensors
+        if is_norm(place[1]):
+            self._add_offset(place, self._read(has["weight"]) - self._needed(place).norm(*place))
+            return
         if "A" in has:
             pair = self._pair(found)
             self._add_pair(place, pair)

@@ -13,15 +13,23 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh
 
-from jlora.adapters.adapter import NO_LAYER, SUPPORT, Adapter, OutputVectors, Support, by_projection
+from jlora.adapters.adapter import (
+    LEVELS,
+    NO_LAYER,
+    Adapter,
+    OutputVectors,
+    Support,
+    by_projection,
+    level_of,
+)
 from jlora.errors import AdapterError
-from jlora.models.config import ALL_GROUPS, GROUPS, VOCAB_GROUPS, ModelConfig
+from jlora.models.config import GROUPS, NORM_GROUPS, VOCAB_GROUPS, ModelConfig
 from jlora.sharding import GROUP_AXES, RULES, Layout, sharding
 from kernels_pallas.lora_matmul import PAGE, RankPool
 
 HostPage = dict[str, RankPool]
 """One page of all layers, by group, in numpy: a [L, parts*page, K], b [L, page, N], scale and
-offset [L, N] if adapters may have them. L is 1 for the groups of the vocabulary."""
+offset [L, N] if adapters may have them. L is 1 for groups in no layer. Norms have offsets alone."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -47,27 +55,54 @@ class StagedAdapter:
         return len(self.host_pages)
 
 
+_WORDS: dict[str, str] = {
+    "vocabulary": "embed_tokens or lm_head",
+    "norms": "norms",
+    "vectors": "DoRA or biases",
+}
+"""What an engine was not started for."""
+
+
+def in_layers(group: str) -> bool:
+    """Whether every layer may have a group of this name."""
+    return group in GROUPS or group == NORM_GROUPS[0]
+
+
 def groups_of(cfg: ModelConfig, support: Support) -> dict[str, tuple[str, ...]]:
-    """The groups that adapters may change: those of any layer, and of the vocabulary if supported."""
-    known = ALL_GROUPS if support == "full" else GROUPS
+    """The groups that adapters may change: those of any layer, and what else is supported."""
     mine = {group for layer in range(cfg.layers) for group in cfg.groups(layer)}
-    return {group: parts for group, parts in known.items() if group in mine | set(VOCAB_GROUPS)}
+    groups = [group for group in GROUPS if group in mine]
+    groups += VOCAB_GROUPS if "vocabulary" in support else ()
+    groups += NORM_GROUPS if "norms" in support else ()
+    return {group: cfg.parts(group) for group in groups}
+
+
+def groups_by_level(cfg: ModelConfig, support: Support) -> list[tuple[str, ...]]:
+    """The groups of each layer, then, if there are any, those in no layer."""
+    norms = NORM_GROUPS if "norms" in support else ()
+    levels = [(*cfg.groups(layer), *norms[:1]) for layer in range(cfg.layers)]
+    ends = (*(VOCAB_GROUPS if "vocabulary" in support else ()), *norms[1:])
+    return [*levels, ends] if ends else levels
 
 
 def page_bytes(
     layout: Layout,
     dtype: np.typing.DTypeLike,
     page_rows: int = PAGE,
-    support: Support = "plain",
+    support: Support = LEVELS["plain"],
 ) -> int:
     """Bytes that one rank page takes on one device, all layers and groups together."""
     total, cfg = 0, layout.cfg
     for group, parts in groups_of(cfg, support).items():
         (rows, columns), (rows_axis, columns_axis) = layout.group_shape(group), GROUP_AXES[group]
+        if group in NORM_GROUPS:
+            layers = cfg.layers if group == "norms" else 1
+            total += layers * columns * np.dtype(np.float32).itemsize
+            continue
         rows //= layout.tp if RULES[rows_axis] else 1
         columns //= layout.tp if RULES[columns_axis] else 1
         each = page_rows * (len(parts) * rows + columns) * np.dtype(dtype).itemsize
-        each += 0 if support == "plain" else 2 * columns * np.dtype(np.float32).itemsize
+        each += 0 if "vectors" not in support else 2 * columns * np.dtype(np.float32).itemsize
         holders = sum(group in cfg.groups(layer) for layer in range(cfg.layers))
         total += each * (holders if group in GROUPS else 1)
     return total
@@ -89,7 +124,7 @@ class RankPages:
         num_pages: int,
         dtype: np.typing.DTypeLike,
         page_rows: int = PAGE,
-        support: Support = "plain",
+        support: Support = LEVELS["plain"],
     ):
         """Allocates `num_pages` usable pages of `page_rows` ranks, ids 1 to `num_pages`, and the
         padding page 0. Every LoRA step pays for what `support` adds, whoever uses it."""
@@ -105,14 +140,12 @@ class RankPages:
 
         self._shapes = {
             group: (
-                (len(parts) * page_rows, layout.group_shape(group)[0]),
-                (page_rows, layout.group_shape(group)[1]),
+                (len(parts) * self._rows(group), layout.group_shape(group)[0]),
+                (self._rows(group), layout.group_shape(group)[1]),
             )
             for group, parts in groups_of(cfg, support).items()
         }
-        self._levels = [cfg.groups(layer) for layer in range(cfg.layers)]
-        if support == "full":
-            self._levels.append(tuple(VOCAB_GROUPS))
+        self._levels = groups_by_level(cfg, support)
         self._page_shardings = {group: self._shardings(mesh, group) for group in self._shapes}
         self._zeros: HostPage = {group: self._host_page(group) for group in self._shapes}
 
@@ -129,40 +162,46 @@ class RankPages:
             for groups, shardings in zip(self._levels, pool_shardings, strict=True)
         }
 
+    def _rows(self, group: str) -> int:
+        return 0 if group in NORM_GROUPS else self.page_rows
+
+    def _has(self, group: str) -> tuple[bool, bool]:
+        """Whether a group has a scale, and an offset."""
+        vectors = "vectors" in self.support
+        return vectors and group not in NORM_GROUPS, vectors or group in NORM_GROUPS
+
     def _shardings(self, mesh: Mesh, group: str, first: str | None = None) -> RankPool:
-        rows, columns = GROUP_AXES[group]
-        vector = None if self.support == "plain" else sharding(mesh, first, columns)
+        (rows, columns), (scale, offset) = GROUP_AXES[group], self._has(group)
+        vector = sharding(mesh, first, columns)
         return RankPool(
             a=sharding(mesh, first, "rank", rows),  # type: ignore[arg-type]
             b=sharding(mesh, first, "rank", columns),  # type: ignore[arg-type]
-            scale=vector,  # type: ignore[arg-type]
-            offset=vector,  # type: ignore[arg-type]
+            scale=vector if scale else None,  # type: ignore[arg-type]
+            offset=vector if offset else None,  # type: ignore[arg-type]
         )
 
     def _pool(self, group: str) -> RankPool:
         """The empty pool of one group of one layer."""
-        pages, (a, b) = self.num_pages + 1, self._shapes[group]
-        vectors = self.support != "plain"
+        pages, (a, b), (scale, offset) = self.num_pages + 1, self._shapes[group], self._has(group)
         return RankPool(
             a=jnp.zeros((pages, *a), self.dtype),
             b=jnp.zeros((pages, *b), self.dtype),
-            scale=jnp.ones((pages, b[1]), jnp.float32) if vectors else None,
-            offset=jnp.zeros((pages, b[1]), jnp.float32) if vectors else None,
+            scale=jnp.ones((pages, b[1]), jnp.float32) if scale else None,
+            offset=jnp.zeros((pages, b[1]), jnp.float32) if offset else None,
         )
 
     def _host_page(self, group: str) -> RankPool:
         """One group of a page that changes nothing."""
-        layers, (a, b) = self._layers(group), self._shapes[group]
-        vectors = self.support != "plain"
+        layers, (a, b), (scale, offset) = self._layers(group), self._shapes[group], self._has(group)
         return RankPool(
             a=np.zeros((layers, *a), self.dtype),  # type: ignore[arg-type]
             b=np.zeros((layers, *b), self.dtype),  # type: ignore[arg-type]
-            scale=np.ones((layers, b[1]), np.float32) if vectors else None,  # type: ignore[arg-type]
-            offset=np.zeros((layers, b[1]), np.float32) if vectors else None,  # type: ignore[arg-type]
+            scale=np.ones((layers, b[1]), np.float32) if scale else None,  # type: ignore[arg-type]
+            offset=np.zeros((layers, b[1]), np.float32) if offset else None,  # type: ignore[arg-type]
         )
 
     def _layers(self, group: str) -> int:
-        return self.cfg.layers if group in GROUPS else 1
+        return self.cfg.layers if in_layers(group) else 1
 
     @property
     def bytes_per_page(self) -> int:
@@ -177,11 +216,12 @@ class RankPages:
     def stage(self, adapter: Adapter) -> StagedAdapter:
         """Lays an adapter out in pages. Thread-safe. AdapterError if it needs more than `support`,
         or if a value overflows the dtype."""
-        if SUPPORT.index(adapter.support) > SUPPORT.index(self.support):
-            what = "embed_tokens or lm_head" if adapter.support == "full" else "DoRA or biases"
+        if missing := adapter.support - self.support:
+            what = next(words for feature, words in _WORDS.items() if feature in missing)
             raise AdapterError(
                 f"{adapter.path} changes {what}, for which this engine was not started: start it "
-                f"with --lora-support {adapter.support}, or with such an adapter in --lora-modules"
+                f"with --lora-support {level_of(adapter.support | self.support)}, or with such an "
+                "adapter in --lora-modules"
             )
         whole, adapter = adapter, by_projection(adapter, self.cfg)
         touched = {
@@ -222,8 +262,8 @@ class RankPages:
     ) -> None:
         """Fills one layer of one group of all pages, in place."""
         page_rows, columns = self.page_rows, self.layout.input_index(group)
-        layer = index if group in GROUPS else NO_LAYER
-        for part, projection in enumerate(ALL_GROUPS[group]):
+        layer = index if in_layers(group) else NO_LAYER
+        for part, projection in enumerate(self.cfg.parts(group)):
             pair = adapter.weights.get((layer, projection))
             if pair is None:
                 continue

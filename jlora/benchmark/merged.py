@@ -54,7 +54,7 @@ class InPlaceMerge:
         """Reads an adapter, once, so that `switch` can take it."""
         if name not in self._staged:
             adapter = read_adapter(path, self._cfg)
-            if adapter.support != "plain":
+            if adapter.support:
                 raise ParameterError(
                     f"systems: merged in place adds A and B only, {path} changes more"
                 )

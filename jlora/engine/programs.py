@@ -18,7 +18,6 @@ from jax.sharding import PartitionSpec as P
 from jlora.batch import Batch, unpack
 from jlora.engine import sampler
 from jlora.engine.sampler import Kind
-from jlora.models.config import ALL_GROUPS
 from jlora.models.decoder import Decoder, Pools, forward, logits
 from jlora.ops import KV
 from jlora.shape import Shape
@@ -181,7 +180,7 @@ class Programs:
         return jitted.lower(scores, slots, sampler.Rows(ints, ints, ints))  # type: ignore[arg-type]
 
     def _lower_score(self, tokens: int, pools: Pools, rank_pages: int) -> jax.stages.Lowered:
-        full = len(pools) > self.layout.cfg.layers
+        full = "head" in pools[-1]
 
         def score(
             weights: list, pools: Any, hidden: jax.Array, rows: Any, targets: Any, pages: Any
@@ -228,18 +227,22 @@ class Programs:
 
     def _active_specs(self, pools: Pools) -> list[dict[str, ActivePages]]:
         return [
-            {group: _active_spec(group, pool) for group, pool in level.items()} for level in pools
+            {
+                group: _active_spec(group, pool, len(self.layout.part_sizes(group)))
+                for group, pool in level.items()
+            }
+            for level in pools
         ]
 
 
-def _active_spec(group: str, pool: RankPool) -> ActivePages:
+def _active_spec(group: str, pool: RankPool, parts: int) -> ActivePages:
     rows, columns = GROUP_AXES[group]
-    vector = None if pool.scale is None else spec(None, columns)
+    vector = spec(None, columns)
     return ActivePages(
         a=spec(None, "rank", rows),  # type: ignore[arg-type]
-        b=tuple(spec("rank", columns) for _ in ALL_GROUPS[group]),  # type: ignore[arg-type]
-        scale=vector,  # type: ignore[arg-type]
-        offset=vector,  # type: ignore[arg-type]
+        b=tuple(spec("rank", columns) for _ in range(parts)),  # type: ignore[arg-type]
+        scale=None if pool.scale is None else vector,  # type: ignore[arg-type]
+        offset=None if pool.offset is None else vector,  # type: ignore[arg-type]
     )
 
 

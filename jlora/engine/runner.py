@@ -320,7 +320,7 @@ class Runner:
             targets = chunk.seq.prompt[chunk.start + 1 : chunk.stop + 1]
             calls = []
             pools, pages = None, np.zeros(0, np.int32)
-            if self.rank_pages.support == "full":  # the head may be an adapter's own
+            if "vocabulary" in self.rank_pages.support:  # the head may be an adapter's own
                 pools = self.rank_pages.pools
                 pages = np.zeros(self.config.max_rank_pages, np.int32)
                 if chunk.seq.adapter is not None:

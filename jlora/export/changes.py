@@ -12,11 +12,11 @@ from typing import Protocol
 import numpy as np
 from jaxtyping import Float
 
-from jlora.adapters.adapter import NO_LAYER, Adapter, OutputVectors
+from jlora.adapters.adapter import NO_LAYER, Adapter, OutputVectors, is_norm
 from jlora.errors import AdapterError
 from jlora.export.combine import Place, Recipe, combine
 from jlora.export.svd import Pair
-from jlora.models.weights import tensor_name
+from jlora.models.weights import norm_name, tensor_name
 
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _ENDS = {"embed_tokens": "model.embed_tokens", "lm_head": "lm_head"}
@@ -73,7 +73,7 @@ class SumChange:
 
 @dataclass(frozen=True, kw_only=True)
 class OffsetChange:
-    """A bias, and what is added to it."""
+    """A bias or a norm, and what is added to it."""
 
     offset: Float[np.ndarray, " N"]
 
@@ -83,8 +83,10 @@ class OffsetChange:
 
 
 def name_of(place: Place, kind: str = "weight") -> str:
-    """The checkpoint's name of a place's weight or bias."""
+    """The checkpoint's name of a place's weight or bias; a norm has the one tensor."""
     layer, projection = place
+    if is_norm(projection):
+        return norm_name(layer, projection)
     if layer == NO_LAYER:
         return f"{_ENDS[projection]}.{kind}"
     return tensor_name(layer, projection, kind)
@@ -108,7 +110,7 @@ def changes(
     for place in sorted({place for adapter in adapters for place in adapter.vectors}):
         if recipe.combination != "cat":
             raise AdapterError(
-                f"{name_of(place)} is changed by DoRA or a bias, which combination-type "
+                f"{name_of(place)} is changed by DoRA, a bias or a trained norm, which combination-type "
                 f"{recipe.combination} cannot join; cat can"
             )
         here = [(adapter, w) for adapter, w in zip(adapters, weights, strict=True)]

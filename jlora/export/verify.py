@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from jlora.adapters.adapter import Support
+from jlora.adapters.adapter import Level
 from jlora.engine.params import SamplingParams
 from jlora.llm import LLM
 from jlora.models.config import ModelConfig
@@ -13,9 +13,7 @@ VERIFY_TOKENS = 48
 """Tokens of the random prompt."""
 
 
-def compare(
-    base: str, adapter: str, result: str, rank: int, support: Support
-) -> tuple[float, float]:
+def compare(base: str, adapter: str, result: str, rank: int, support: Level) -> tuple[float, float]:
     """(largest difference of log-probabilities between base + adapter and `result`, and between base
     + adapter and base)."""
     vocab = ModelConfig.from_folder(base).vocab
@@ -28,7 +26,7 @@ def compare(
     return float(np.abs(merged - unmerged).max()), float(np.abs(unmerged - plain).max())
 
 
-def _load(model: str, rank: int, support: Support) -> LLM:
+def _load(model: str, rank: int, support: Level) -> LLM:
     """A float32 engine just large enough for the prompt and an adapter of `rank`."""
     return LLM.load(
         ModelOptions(

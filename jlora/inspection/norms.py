@@ -7,16 +7,16 @@ from pathlib import Path
 
 import numpy as np
 
-from jlora.adapters.adapter import NO_LAYER, Adapter, LoraWeights
+from jlora.adapters.adapter import NO_LAYER, Adapter, LoraWeights, is_norm
 from jlora.adapters.lora_config import LoraConfig
 from jlora.adapters.peft import open_weights
 from jlora.adapters.tensors import TensorInfo, read_tensor
 from jlora.export.changes import LoraChange
 from jlora.export.svd import Pair
 from jlora.models.base import BaseWeights
-from jlora.models.config import MODULES, VOCAB_GROUPS
+from jlora.models.config import MODULES, NORMS, VOCAB_GROUPS
 
-NAMES = (*MODULES, *(part for parts in VOCAB_GROUPS.values() for part in parts))
+NAMES = (*MODULES, *(part for parts in VOCAB_GROUPS.values() for part in parts), *NORMS)
 """All that an adapter may change, in the model's order."""
 
 _HALF = re.compile(
@@ -36,7 +36,7 @@ class Projection:
     ranks: tuple[int, ...]
     scalings: tuple[float, ...]
     parameters: int
-    """Of the pairs."""
+    """Of the pairs, or of a norm."""
     norms: tuple[float, ...]
     """Frobenius norm of the change of the weight, by layer."""
     shares: tuple[float, ...]
@@ -57,6 +57,7 @@ def describe(adapter: Adapter, base: BaseWeights) -> list[Projection]:
         pairs = [adapter.weights[place] for place in places if place in adapter.weights]
         own = [adapter.vectors[place] for place in places if place in adapter.vectors]
         sizes = [_sizes(adapter, place, base) for place in places]
+        trained_norm = is_norm(name)
         rows.append(
             Projection(
                 name=name,
@@ -64,11 +65,12 @@ def describe(adapter: Adapter, base: BaseWeights) -> list[Projection]:
                 numbers=tuple(layer for layer, _ in places),
                 ranks=tuple(sorted({pair.rank for pair in pairs})),
                 scalings=tuple(sorted({pair.scaling for pair in pairs})),
-                parameters=sum(pair.a.size + pair.b.size for pair in pairs),
+                parameters=sum(pair.a.size + pair.b.size for pair in pairs)
+                + sum(one.offset.size for one in own if trained_norm and one.offset is not None),
                 norms=tuple(change for change, _ in sizes),
                 shares=tuple(change / whole if whole else 0.0 for change, whole in sizes),
                 dora=any(vectors.scale is not None for vectors in own),
-                biases=sum(vectors.offset is not None for vectors in own),
+                biases=0 if trained_norm else sum(one.offset is not None for one in own),
             )
         )
     return rows
@@ -77,6 +79,10 @@ def describe(adapter: Adapter, base: BaseWeights) -> list[Projection]:
 def _sizes(adapter: Adapter, place: tuple[int, str], base: BaseWeights) -> tuple[float, float]:
     """Norm of a weight's change, and of the weight."""
     pair, own = adapter.weights.get(place), adapter.vectors.get(place)
+    if is_norm(place[1]):
+        assert own is not None
+        assert own.offset is not None
+        return float(np.linalg.norm(own.offset)), float(np.linalg.norm(base.norm(*place)))
     scale = own.scale if own is not None else None
     folded = None
     if pair is not None and scale is not None:

@@ -13,7 +13,7 @@ from jaxtyping import Float
 
 from jlora.models.checkpoint import Checkpoint
 from jlora.models.config import ALL_GROUPS, FUSED, ModelConfig
-from jlora.models.weights import Source, sources, tensor_name
+from jlora.models.weights import Source, norm_name, sources, tensor_name
 from jlora.sharding import Layout
 
 _BLOCK = 1024
@@ -53,6 +53,13 @@ class BaseWeights:
         tensor, rows = self._part(layer, projection, "weight")
         with self._checkpoint.reader(np.dtype(np.float32)) as read:
             return read(tensor, rows[index], None)
+
+    def norm(self, layer: int, name: str) -> Float[np.ndarray, " width"]:
+        """The weight of a norm; "norm" is the last one."""
+        width = self.cfg.norm_width(name)
+        assert width is not None
+        with self._checkpoint.reader(np.dtype(np.float32)) as read:
+            return read(norm_name(layer, name), np.arange(width), None).reshape(-1)
 
     def bias(self, layer: int, projection: str) -> Float[np.ndarray, " out"] | None:
         """The bias; None where the base has none."""

@@ -41,6 +41,20 @@ VOCAB_GROUPS: dict[str, tuple[str, ...]] = {"embed": ("embed_tokens",), "head": 
 
 ALL_GROUPS = GROUPS | VOCAB_GROUPS
 
+NORM_GROUPS = ("norms", "norm")
+"""All norms of a layer, and the last one: what adapters may change there is vectors only."""
+
+NORMS: tuple[str, ...] = (
+    "input_layernorm",
+    "post_attention_layernorm",
+    "pre_feedforward_layernorm",
+    "post_feedforward_layernorm",
+    "q_norm",
+    "k_norm",
+    "norm",
+)
+"""Checkpoint names of the norms that a model may have; "norm" is the last one."""
+
 PROJECTIONS: tuple[str, ...] = tuple(part for parts in GROUPS.values() for part in parts)
 """The seven projections of a layer, by their checkpoint names."""
 
@@ -198,6 +212,28 @@ class ModelConfig:
         texts, takes one set for all: the short one only if no text can be longer.
         """
         return replace(self, rope=replace(self.rope, long=tokens > self.default_context))
+
+    @property
+    def norms(self) -> dict[str, tuple[str, int]]:
+        """The norms of every layer by their checkpoint names: (the decoder's name, width)."""
+        table = {"input_layernorm": ("attn_norm", self.embed)}
+        if self.post_norms:
+            table["post_attention_layernorm"] = ("attn_post_norm", self.embed)
+            table["pre_feedforward_layernorm"] = ("mlp_norm", self.embed)
+            table["post_feedforward_layernorm"] = ("mlp_post_norm", self.embed)
+        else:  # the name notwithstanding, it is the MLP's own norm
+            table["post_attention_layernorm"] = ("mlp_norm", self.embed)
+        if self.qk_norm:
+            table |= {name: (name, self.head_dim) for name in ("q_norm", "k_norm")}
+        return table
+
+    def parts(self, group: str) -> tuple[str, ...]:
+        """The projections of a group, or the norms of one of NORM_GROUPS."""
+        return {"norms": tuple(self.norms), "norm": ("norm",)}.get(group) or ALL_GROUPS[group]
+
+    def norm_width(self, name: str) -> int | None:
+        """Width of a norm by its checkpoint name, "norm" for the last one; None: no such norm."""
+        return self.embed if name == "norm" else self.norms.get(name, (None, None))[1]
 
     def bias(self, group: str) -> bool:
         """Whether the projections of a group have biases."""

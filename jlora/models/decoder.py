@@ -26,10 +26,12 @@ from kernels_pallas.lora_matmul import (
     Segments,
     lora_delta,
     lora_epilogue,
+    lora_vectors,
 )
 
 Pools = list[dict[str, RankPool]]
-"""Rank pools by layer and projection group, then, if adapters may change them, by VOCAB_GROUPS."""
+"""Rank pools by layer and projection group, and "norms" if adapters may change them; then, likewise,
+by VOCAB_GROUPS and "norm"."""
 
 Adapters = Pools | list[dict[str, ActivePages]]
 """What a step takes: the pools, or copies of the active pages."""
@@ -122,7 +124,8 @@ def forward(
     turn = local_turn = _turn(cfg, cfg.rope, batch)
     if cfg.local_rope is not None:
         local_turn = _turn(cfg, cfg.local_rope, batch)
-    own = _vocabulary(cfg, pools).get("embed")
+    ends = _ends(cfg, pools)
+    own = ends.get("embed")
     x = ops.embed(model.embed[...], tokens, model.tp, own, batch.segments)
     if cfg.embed_scale is not None:
         x = x * jnp.asarray(cfg.embed_scale, x.dtype)
@@ -139,7 +142,8 @@ def forward(
                 _Static(cfg, shape.decode, shape.block, cfg.windows[index]),
             )
         out.append(layer_kv)
-    return _normed(x, model.norm, cfg), out
+    change = lora_vectors(ends["norm"], batch.segments) if "norm" in ends else None
+    return _normed(x, model.norm, cfg, change), out
 
 
 def _turn(cfg: ModelConfig, rope: RopeConfig, batch: Batch) -> tuple[Array, Array]:
@@ -149,11 +153,35 @@ def _turn(cfg: ModelConfig, rope: RopeConfig, batch: Batch) -> tuple[Array, Arra
     return jnp.cos(angle) * scaling, jnp.sin(angle) * scaling
 
 
-def _normed(x: Float[Array, "... D"], weight: nnx.Param | None, cfg: ModelConfig) -> Array:
-    """x RMS-normalised; a norm that the model lacks changes nothing."""
+def _normed(
+    x: Float[Array, "T ... D"],
+    weight: nnx.Param | None,
+    cfg: ModelConfig,
+    change: Float[Array, "T D"] | None = None,
+) -> Array:
+    """x RMS-normalised; a norm that the model lacks changes nothing. `change`: what each row's adapter
+    adds to the weight."""
     if weight is None:
         return x
-    return ops.rms_norm(x, weight[...], cfg.norm_eps, cfg.norm_plus_one)
+    own = weight[...]
+    if change is not None:
+        rows = change.reshape(len(change), *(1,) * (x.ndim - 2), -1)
+        own = (own.astype(jnp.float32) + rows).astype(own.dtype)
+    return ops.rms_norm(x, own, cfg.norm_eps, cfg.norm_plus_one)
+
+
+def _norm_changes(
+    cfg: ModelConfig, pools: dict[str, RankPool] | dict[str, ActivePages] | None, batch: Batch
+) -> dict[str, Float[Array, "T width"]]:
+    """What the rows' adapters add to a layer's norms; empty if they may not."""
+    if pools is None or "norms" not in pools:
+        return {}
+    changes, at = {}, 0
+    every = lora_vectors(pools["norms"], batch.segments)
+    for name, width in cfg.norms.values():
+        changes[name] = every[:, at : at + width]
+        at += width
+    return changes
 
 
 class _Static(tuple):
@@ -175,21 +203,26 @@ def _layer(
 ) -> tuple[Float[Array, "T D"], KV]:
     cfg, decode, block, window = static
     tokens, dtype = x.shape[0], x.dtype
-    h = _normed(x, layer.attn_norm, cfg)
+    own_norms = _norm_changes(cfg, pools, batch)
+
+    def normed(x: Array, name: str) -> Array:
+        return _normed(x, getattr(layer, name), cfg, own_norms.get(name))
+
+    h = normed(x, "attn_norm")
     qkv = layer.qkv(h, pools, batch).astype(dtype)
     widths = layer.qkv.parts
     q, k, v = jnp.split(qkv, (widths[0], widths[0] + widths[1]), axis=1)
     q, k, v = (part.reshape(tokens, -1, cfg.head_dim) for part in (q, k, v))  # [T, N|K, H]
-    q, k = _normed(q, layer.q_norm, cfg), _normed(k, layer.k_norm, cfg)
+    q, k = normed(q, "q_norm"), normed(k, "k_norm")
     q, k = ops.rope(q, *turn), ops.rope(k, *turn)
     scale, cap = cfg.attention_scale, cfg.attention_softcap
     own = {"decode": decode, "block": block, "window": window, "scale": scale, "cap": cap}
     out, kv = ops.attention(q, k, v, kv, batch, **own)
     out = layer.o(out.reshape(tokens, -1), pools, batch).astype(dtype)
-    x = _keep(x + _normed(out, layer.attn_post_norm, cfg))
-    h = _normed(x, layer.mlp_norm, cfg)
+    x = _keep(x + normed(out, "attn_post_norm"))
+    h = normed(x, "mlp_norm")
     out = _mlp(layer, h, pools, batch, cfg).astype(dtype)
-    return _keep(x + _normed(out, layer.mlp_post_norm, cfg)), kv
+    return _keep(x + normed(out, "mlp_post_norm")), kv
 
 
 def _mlp(
@@ -228,7 +261,7 @@ def logits(
         local = model.head.matmul(hidden)
     else:
         local = matmul(hidden, model.embed[...].T)
-    own = _vocabulary(model.cfg, pools).get("head")
+    own = _ends(model.cfg, pools).get("head")
     if own is not None and segments is not None:
         width = local.shape[1:]
         local += lora_delta(hidden, own, segments, part_sizes=width, out_dtype=jnp.float32)
@@ -238,8 +271,6 @@ def logits(
     return ops.softcap(local[:, : model.cfg.vocab], model.cfg.logits_softcap)
 
 
-def _vocabulary(
-    cfg: ModelConfig, pools: Adapters | None
-) -> dict[str, RankPool] | dict[str, ActivePages]:
-    """What adapters change in the embedding and the head; empty if they may not."""
+def _ends(cfg: ModelConfig, pools: Adapters | None) -> dict[str, RankPool] | dict[str, ActivePages]:
+    """What adapters change before and after the layers; empty if they may not."""
     return pools[cfg.layers] if pools is not None and len(pools) > cfg.layers else {}

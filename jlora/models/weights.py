@@ -91,7 +91,7 @@ def sources(cfg: ModelConfig, layout: Layout, copy_head: bool = True) -> list[So
             parts=((embed, vocab),),
             tensor_shape=(cfg.vocab, cfg.embed),
         ),
-        _norm(("norm",), "model.norm.weight", cfg.embed),
+        _norm(("norm",), norm_name(-1, "norm"), cfg.embed),
     ]
     if copy_head or not cfg.tied:
         table.append(
@@ -123,20 +123,19 @@ def tensor_name(layer: int, projection: str, kind: str = "weight") -> str:
     return f"model.layers.{layer}.{'self_attn' if attention else 'mlp'}.{projection}.{kind}"
 
 
+def norm_name(layer: int, norm: str) -> str:
+    """The checkpoint's name of a norm's weight; "norm" is the last one, in no layer."""
+    if norm == "norm":
+        return "model.norm.weight"
+    return (
+        f"model.layers.{layer}.{'self_attn.' if norm in ('q_norm', 'k_norm') else ''}{norm}.weight"
+    )
+
+
 def _layer(cfg: ModelConfig, layout: Layout, layer: int) -> Iterator[Source]:
-    here, prefix = ("layers", layer), f"model.layers.{layer}"
-    yield _norm((*here, "attn_norm"), f"{prefix}.input_layernorm.weight", cfg.embed)
-    after_attention = f"{prefix}.post_attention_layernorm.weight"
-    if cfg.post_norms:
-        yield _norm((*here, "attn_post_norm"), after_attention, cfg.embed)
-        before, after = (f"{prefix}.{at}_feedforward_layernorm.weight" for at in ("pre", "post"))
-        yield _norm((*here, "mlp_norm"), before, cfg.embed)
-        yield _norm((*here, "mlp_post_norm"), after, cfg.embed)
-    else:  # the name notwithstanding, it is the MLP's own norm
-        yield _norm((*here, "mlp_norm"), after_attention, cfg.embed)
-    if cfg.qk_norm:
-        for name in ("q_norm", "k_norm"):
-            yield _norm((*here, name), f"{prefix}.self_attn.{name}.weight", cfg.head_dim)
+    here = ("layers", layer)
+    for name, (own, width) in cfg.norms.items():
+        yield _norm((*here, own), norm_name(layer, name), width)
     if cfg.experts is not None and cfg.is_sparse(layer):
         yield from _experts(cfg, cfg.experts, layout, layer)
     for group in cfg.groups(layer):

@@ -9,7 +9,8 @@ Semantics (numpy-like; accumulation in float32; result in x's dtype):
             y[rows, cols[j]] += u @ b[p, :, cols[j]]             # cols: running sum of part_sizes
 
 An adapter may also scale and shift a projection's whole output, and change rows of an embedding:
-`lora_epilogue` and `lora_embedding`, in plain XLA.
+`lora_epilogue` and `lora_embedding`, in plain XLA. `lora_vectors` gives each row what its adapter adds to a
+weight that is a vector.
 
 Pages that are not in `pages` are never read into a result (they may hold NaN); active pages must be
 finite. Inside shard_map all shapes are local and nothing communicates: with x, a and w sharded on
@@ -25,3 +26,4 @@ from kernels_pallas.lora_matmul.types import Segments as Segments
 from kernels_pallas.lora_matmul.xla import active_pages as active_pages
 from kernels_pallas.lora_matmul.xla import lora_embedding as lora_embedding
 from kernels_pallas.lora_matmul.xla import lora_epilogue as lora_epilogue
+from kernels_pallas.lora_matmul.xla import lora_vectors as lora_vectors

@@ -29,7 +29,8 @@ class RankPool:
     of an adapter. None: nothing; this pool's users never need it."""
 
     offset: Float[Array, "P N"] | None = None
-    """What `lora_epilogue` adds then (biases); there where `scale` is."""
+    """What `lora_epilogue` adds then (biases); there where `scale` is. Alone, with empty a and b: a
+    pool of vectors (`lora_vectors`)."""
 
 
 @jax.tree_util.register_dataclass

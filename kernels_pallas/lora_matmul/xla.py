@@ -27,12 +27,13 @@ def active_pages(
     to `lora_delta` in the pool's place.
     """
     parts, (page, width) = len(part_sizes), (pool.b.shape[1], pool.a.shape[-1])
-    a = pool.a[pages].reshape(-1, parts, page, width).swapaxes(0, 1)
+    count = pages.shape[0]
+    a = pool.a[pages].reshape(count, parts, page, width).swapaxes(0, 1)
     ends = [sum(part_sizes[: j + 1]) for j in range(parts)]
     b = jnp.split(pool.b[pages], ends[:-1], axis=2)
     return ActivePages(
-        a=a.reshape(parts, -1, width),
-        b=tuple(p.reshape(-1, p.shape[-1]) for p in b),
+        a=a.reshape(parts, count * page, width),
+        b=tuple(p.reshape(count * page, p.shape[-1]) for p in b),
         scale=None if pool.scale is None else pool.scale[pages],
         offset=None if pool.offset is None else pool.offset[pages],
     )
@@ -76,13 +77,26 @@ def lora_epilogue(
     without them. Under tensor parallelism it comes after the sum over devices."""
     if pool.scale is None or pool.offset is None:
         return y
-    own = _owners(segments)
-    page = jnp.argmax(own, axis=1)  # any page of the row's adapter
-    if isinstance(pool, RankPool):
-        page = segments.pages[page]
-    mine = own.any(axis=1)[:, None]
+    page, mine = _page(pool, segments)
     scale, offset = pool.scale[page].astype(y.dtype), pool.offset[page].astype(y.dtype)
     return jnp.where(mine, y * scale + offset, y)
+
+
+def lora_vectors(pool: RankPool | ActivePages, segments: Segments) -> Float[Array, "T N"]:
+    """The `offset` of each row's adapter, zeros for base rows: what is added to weights that are
+    vectors, such as a norm's."""
+    assert pool.offset is not None, "a pool of vectors has offsets"
+    page, mine = _page(pool, segments)
+    return jnp.where(mine, pool.offset[page], 0)
+
+
+def _page(pool: RankPool | ActivePages, segments: Segments) -> tuple[jax.Array, jax.Array]:
+    """(any page of each row's adapter, whether it has one: [T, 1])."""
+    own = _owners(segments)
+    page = jnp.argmax(own, axis=1)
+    if isinstance(pool, RankPool):
+        page = segments.pages[page]
+    return page, own.any(axis=1)[:, None]
 
 
 def matmul(

@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from jlora.adapters.adapter import SUPPORT, Support
+from jlora.adapters.adapter import LEVELS
 from jlora.adapters.peft import read_adapter
 from jlora.adapters.pool import RankPages
 from jlora.batch import empty, pack, unpack
@@ -73,10 +73,7 @@ class Steps:
             base = BaseWeights(folder, cfg)
             layouts = [read_adapter(path, cfg, base) for path in adapters]
             count = 1 + sum(-(-max(a.rank, 1) // PAGE) for a in layouts)
-            needed = {a.support for a in layouts}
-            support: Support = "plain"
-            for level in SUPPORT:
-                support = level if level in needed else support
+            support = LEVELS["plain"].union(*(a.support for a in layouts))
             pages = RankPages(cfg, layout, mesh, count, dtype, support=support)
             free = list(range(pages.num_pages, 0, -1))  # not in order, and one stays unused
             for adapter in layouts:
