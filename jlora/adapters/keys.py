@@ -124,7 +124,7 @@ def _split(key: str, folder: Path) -> tuple[str, Kind, str | None]:
 
 def _is_norm(block: str | None, name: str, cfg: ModelConfig) -> bool:
     """Those of heads are in self_attn, others in no block."""
-    return name in cfg.norms and (block == "self_attn") == (name in ("q_norm", "k_norm"))
+    return name in cfg.norms and block == ("self_attn" if name in ("q_norm", "k_norm") else None)
 
 
 def _place(module: str, key: str, cfg: ModelConfig, folder: Path) -> Place:

@@ -130,7 +130,6 @@ def test_an_adapter_saved_under_another_name_loads_from_its_folder(
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "pissa, random": ({"target_modules": ["q_proj"], "init_lora_weights": "pissa_niter_2"}, "cannot be"),
-    "norms": ({"target_modules": ["q_proj"], "modules_to_save": ["norm"]}, "trained norm"),
     "alora": ({"target_modules": ["q_proj"], "alora_invocation_tokens": [3]}, "aLoRA"),
 }  # fmt: skip
 

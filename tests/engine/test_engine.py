@@ -33,10 +33,11 @@ class Adapters:
             "r8": tiny_adapter(self.folder, r=8, seed=2),
             "r24": tiny_adapter(self.folder, r=24, alpha=12, rslora=True, seed=3),
         }
-        self._model = transformers.AutoModelForCausalLM.from_pretrained(
-            self.folder, dtype=torch.float32
-        )
+        self._model = self._fresh()
         self._made: dict = {}
+
+    def _fresh(self):
+        return transformers.AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32)
 
     def greedy(self, name, prompt, new=NEW):
         """Tokens that transformers (None) or PEFT (an adapter's name) generates."""
@@ -44,7 +45,8 @@ class Adapters:
         if key not in self._made:
             model = self._model
             if name is not None:
-                model = peft.PeftModel.from_pretrained(model, self.paths[name])
+                # a base of its own: peft's unload() leaves modules_to_save in the model
+                model = peft.PeftModel.from_pretrained(self._fresh(), self.paths[name])
             with torch.no_grad():
                 out = model.generate(
                     input_ids=torch.tensor([prompt]),
@@ -54,8 +56,6 @@ class Adapters:
                     eos_token_id=None,
                     pad_token_id=0,
                 )
-            if name is not None:
-                self._model = model.unload()
             self._made[key] = out[0, len(prompt) :].tolist()
         return self._made[key]
 

@@ -12,7 +12,7 @@ torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
-KINDS = ("plain", "dora_embedding_head", "lora_bias", "tokens", "saved_head")
+KINDS = ("plain", "dora_embedding_head", "lora_bias", "tokens", "norms_and_ends")
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ def parts(request, tiny_model, tiny_adapter, tmp_path_factory):
 
     adapters = Adapters(tiny_model, tiny_adapter, "llama_odd")
     root = tmp_path_factory.mktemp("kinds")
-    for kind in ("dora_embedding_head", "lora_bias"):
+    for kind in ("dora_embedding_head", "lora_bias", "norms"):
         adapters.paths[kind] = make_adapter(adapters.folder, root / kind, kind)
     modules = tuple(f"{name}={path}" for name, path in adapters.paths.items())
     options = ModelOptions(
@@ -45,7 +45,7 @@ def entry(parts: Any, name: str) -> Any:
     return parts.store.resolve(name, parts.names)
 
 
-@pytest.mark.parametrize("name", ["r24", "dora_embedding_head"])
+@pytest.mark.parametrize("name", ["r24", "dora_embedding_head", "norms"])
 def test_a_merged_adapter_answers_as_peft_does_and_the_base_comes_back_bit_for_bit(parts, name):
     parts, adapters = parts
     prompt = PROMPTS[5]

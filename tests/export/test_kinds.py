@@ -77,7 +77,9 @@ def test_dora_is_refused_by_name_where_only_plain_pairs_can_join(tiny_model, tmp
     folders = [make_adapter(model, tmp_path / kind, kind) for kind in ("dora", "plain")]
     ties = ["--combination-type", "ties", "--density", "0.5"]
     error = refused(capsys, model, folders, tmp_path / "out", *ties)
-    assert "is changed by DoRA or a bias, which combination-type ties cannot join" in error
+    assert (
+        "is changed by DoRA, a bias or a trained norm, which combination-type ties cannot" in error
+    )
     argv = ["--model", str(model), "--adapters", *map(str, folders)]
     with pytest.raises(SystemExit):
         merge.main([*argv, "--output-adapter", str(tmp_path / "one")])

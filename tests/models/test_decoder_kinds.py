@@ -43,6 +43,12 @@ KINDS = {
     "saved_head": {"r": 4, "target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
     "saved_embedding": {"r": 4, "target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
     "saved_linear": {"r": 4, "target_modules": ["q_proj"], "modules_to_save": ["v_proj"]},
+    # peft compares ends of names: these are all norms, those of heads too
+    "norms": {"r": 4, "target_modules": ["q_proj"], "modules_to_save": ["norm"]},
+    "norms_some": {"r": 4, "target_modules": ["down_proj"], "use_dora": True,
+                   "modules_to_save": ["post_attention_layernorm", "model.norm"]},
+    "norms_and_ends": {"r": 4, "target_modules": ["q_proj", "lm_head"],
+                       "modules_to_save": ["embed_tokens", "input_layernorm"]},
     "tokens": {"r": 4, "target_modules": ["q_proj"], "trainable_token_indices": TOKENS[:5]},
     "tokens_of_both": {
         "r": 4,
@@ -131,6 +137,7 @@ def run(model: Path, folders: list[Path], tp: int) -> list[np.ndarray]:
         ("llama_odd", 1),
         ("llama_odd", 2),
         ("qwen2", 4),
+        ("qwen3", 4),
         ("gemma3", 2),
         ("phi3", 2),
     ],
