@@ -19,7 +19,7 @@ from tests.adapters.fakes import Disk, Fake, eventually, staged
 from tests.engine.test_engine_end import Device
 
 LONG = 300
-CONFIG = EngineConfig(max_model_len=512, max_num_seqs=4, max_loras=1, max_adapter_wait=0.02)
+CONFIG = EngineConfig(max_model_len=512, max_num_seqs=4, max_loras=1, max_adapter_wait=20)
 
 
 class SlowDevice(Device):

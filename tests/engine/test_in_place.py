@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from jlora.engine.engine import Engine
 from jlora.errors import AdapterError, ConflictError
 from tests.engine.test_engine import NEW, PROMPTS, SMALL, Adapters, Job
 from tests.models.test_decoder_kinds import make_adapter
@@ -101,8 +102,9 @@ def test_a_merge_that_fails_half_way_leaves_the_base_to_those_who_waited(
     save_file(tensors, folder / "adapter_model.safetensors")
     options = {"lora_modules": (f"large={folder}",), "dtype": "float16", **SMALL}
     parts = build_engine(ModelOptions(model=str(adapters.folder), **options))
-    in_place = parts.in_place
+    in_place, engine = parts.in_place, parts.engine
     assert in_place is not None
+    assert isinstance(engine, Engine)
     try:
         before, base = weights(parts), Job(parts, PROMPTS[0]).tokens
         running, errors = Job(parts, PROMPTS[1], max_tokens=100), []
@@ -116,7 +118,7 @@ def test_a_merge_that_fails_half_way_leaves_the_base_to_those_who_waited(
         thread = threading.Thread(target=merge)
         thread.start()
         end = time.monotonic() + 60
-        while not parts.engine._exclusive and time.monotonic() < end:
+        while not engine._exclusive and time.monotonic() < end:
             time.sleep(0.001)  # those who come now wait for the merge's end
         waiting = [Job(parts, PROMPTS[0]) for _ in range(3)]
         thread.join(60)
