@@ -28,8 +28,9 @@ bench: .venv/.setup
 # torch comes as a CPU build for 3.11 only, so parity with PyTorch is tested there; a 3.12 that
 # is at hand runs the rest with the newer JAX. On 3.12 alone, modules that need torch are skipped.
 # One torch thread a worker: two workers of two threads spin against each other on two cores.
+# worksteal: each worker takes neighbouring tests, so that a module's engines are built by one only.
 test: .venv/.test lint
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 -m "not gpu"
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal -m "not gpu"
 	@if $(PY) -c 'import sys; sys.exit(sys.version_info >= (3, 12))'; then \
 	  $(MAKE) --no-print-directory test312; \
 	fi
@@ -63,7 +64,7 @@ test312:
 	  echo "no Python 3.12 found: the tests on the newer JAX are left out"; \
 	else \
 	  $(MAKE) --no-print-directory .venv312/.test PYTHON312="$$found" && \
-	  echo "$(PY312) -m pytest" && OMP_NUM_THREADS=1 $(PY312) -m pytest -n 2 -m "not gpu"; \
+	  echo "$(PY312) -m pytest" && OMP_NUM_THREADS=1 $(PY312) -m pytest -n 2 --dist worksteal -m "not gpu"; \
 	fi
 
 .venv/.setup: $(INPUTS)
