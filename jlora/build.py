@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -28,7 +29,7 @@ from jlora.in_place import InPlace
 from jlora.models.base import BaseWeights
 from jlora.models.config import ModelConfig
 from jlora.models.decoder import Decoder
-from jlora.models.weights import dummy_weights, load_weights
+from jlora.models.weights import abstract_decoder, dummy_weights, load_weights
 from jlora.options import LoraModule, ModelOptions, parse_bytes, parse_pages
 from jlora.parts import MemoryPlan, Parts, Progress
 from jlora.shape import Shape
@@ -85,7 +86,10 @@ def build_engine(options: ModelOptions, *, progress: Progress | None = None) -> 
     platform = "gpu" if jax.default_backend() == "gpu" else "cpu"
     mesh, layout = make_mesh(options.mesh), Layout(cfg, options.mesh)
     dtype = _dtype(options.dtype, cfg.dtype, platform)
-    model = _weights(options, folder, layout, mesh, dtype, copy_head=platform == "cpu", tell=tell)
+    copy_head = platform == "cpu"
+    load = partial(_weights, options, folder, layout, mesh, dtype, copy_head=copy_head, tell=tell)
+    # A GPU's compiler times kernels, and what is left of its memory is measured: weights first.
+    model = load() if platform == "gpu" else None
 
     config = _engine_config(options, cfg, _PLATFORMS[platform])
     support = _support(options, cfg)
@@ -94,7 +98,8 @@ def build_engine(options: ModelOptions, *, progress: Progress | None = None) -> 
     kv_page = _kv_page_bytes(layout, config, dtype)
     num_pages = _kv_pages(options, config, kv_page, platform, options.mesh)
     config.check_num_pages(num_pages)
-    runner = Runner(model, layout, mesh, rank_pages, config, num_pages)
+    abstract = abstract_decoder(layout, dtype, copy_head=copy_head)
+    runner = Runner(abstract, layout, mesh, rank_pages, config, num_pages)
     shapes = buckets(config)
 
     base = BaseWeights(folder, cfg) if options.load_format != "dummy" else None
@@ -118,8 +123,10 @@ def build_engine(options: ModelOptions, *, progress: Progress | None = None) -> 
         vocab=cfg.vocab,
     )
     store.on_change = engine.wake
-    entries = _load_adapters(options, store)  # before compiling: a bad path is told at once
-    runner.warm_up(shapes, lambda done, total: tell("compiling steps", done, total))
+    with runner.compiling(shapes, lambda done, total: tell("compiling steps", done, total)):
+        entries = _load_adapters(options, store)  # first: a bad path is told at once
+        runner.programs.load(model if model is not None else load())
+    runner.warm_up()
     _place(entries, store, rank_pages)
     in_place = InPlace(engine, runner.programs, layout, rank_pages, store)
     if options.merge is not None:

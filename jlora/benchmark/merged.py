@@ -6,13 +6,10 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
-from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Array, Float
 
 from jlora.adapters.peft import read_adapter
@@ -21,7 +18,6 @@ from jlora.benchmark.load import Target
 from jlora.engine.runner import Runner
 from jlora.errors import ParameterError
 from jlora.models.config import GROUPS
-from jlora.models.decoder import Decoder
 
 
 class InPlaceMerge:
@@ -42,9 +38,9 @@ class InPlaceMerge:
         self._now: StagedAdapter | None = None
         self.switches, self.seconds = 0, 0.0
         self._kernels = {
-            (int(path[1]), path[2]): index
-            for index, path in enumerate(_paths(runner))
-            if path[0] == "layers" and path[2] in GROUPS and "kernel" in path
+            (path[1], path[2]): index
+            for path, index in runner.programs.numbered().items()
+            if path[0] == "layers" and path[2] in GROUPS and path[-1] == "kernel"
         }
         held = [self._cfg.groups(layer) for layer in range(self._cfg.layers)]
         assert len(self._kernels) == sum(map(len, held))
@@ -90,22 +86,6 @@ class InPlaceMerge:
         b = [np.asarray(page.b[layer]) * np.asarray(sign, dtype) for page in pages]
         none = np.zeros((parts, 0, width), dtype), np.zeros((0, out), dtype)
         return np.concatenate([none[0], *a], axis=1), np.concatenate([none[1], *b])
-
-
-def _paths(runner: Runner) -> list[tuple[str, ...]]:
-    """Path of each of the runner's weights, a flat list: those of an abstract model of its layout."""
-    programs = runner.programs
-    for copy_head in (True, False):
-        abstract = nnx.eval_shape(partial(Decoder, programs.layout, programs.dtype, copy_head))
-        _, state = nnx.split(abstract)
-        leaves, _ = jax.tree_util.tree_flatten_with_path(state)
-        if len(leaves) == len(programs.weights):
-            return [tuple(map(_name, path)) for path, _ in leaves]
-    raise AssertionError("the runner's weights are not those of a Decoder")
-
-
-def _name(part: Any) -> str:
-    return str(next(getattr(part, kind) for kind in ("key", "name", "idx") if hasattr(part, kind)))
 
 
 def _add_delta(

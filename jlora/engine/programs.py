@@ -30,11 +30,14 @@ SCORE_ROWS = 32
 
 
 class Programs:
-    """Compiled programs, and the model's weights in the form in which they take them."""
+    """Compiled programs, and the model's weights in the form in which they take them.
+
+    They compile for the shapes of an abstract model; `load` brings the weights.
+    """
 
     def __init__(
         self,
-        model: Decoder,
+        abstract: Decoder,
         layout: Layout,
         mesh: Mesh,
         max_logprobs: int,
@@ -46,14 +49,19 @@ class Programs:
         gathering them in every step costs as much as the matmuls that read them."""
         self.layout, self.mesh, self.max_logprobs = layout, mesh, max_logprobs
         self.copy_pages, self.kinds = copy_pages, sorted(kinds)
-        self.dtype = model.norm[...].dtype
-        self._graph, state = nnx.split(model)
+        self.dtype = abstract.norm.get_value().dtype
+        self._graph, state = nnx.split(abstract)
         specs = jax.tree.map(
             lambda leaf: spec(*leaf.axes), state, is_leaf=lambda x: isinstance(x, nnx.Variable)
         )
         self._weight_specs = jax.tree.leaves(specs, is_leaf=lambda x: isinstance(x, P))
         # A flat list: jit's fast path walks it in a tenth of the time of nested modules.
-        self.weights, self._tree = jax.tree.flatten(state)
+        leaves, self._tree = jax.tree.flatten(state)
+        self._abstract_weights = [
+            jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=jax.NamedSharding(mesh, place))
+            for leaf, place in zip(leaves, self._weight_specs, strict=True)
+        ]
+        self.weights: list[Any] = []
         self._steps: dict[Shape, Callable[..., Any]] = {}
         self._samples: dict[tuple[int, Kind], Callable[..., Any]] = {}
         self._scores: dict[int, Callable[..., Any]] = {}
@@ -63,9 +71,14 @@ class Programs:
     def __len__(self) -> int:
         return len(self._steps)
 
+    def load(self, model: Decoder) -> None:
+        """Takes over the weights of a model of the same shapes."""
+        self.weights, tree = jax.tree.flatten(nnx.split(model)[1])
+        assert tree == self._tree
+
     def numbered(self) -> dict[tuple[Any, ...], int]:
         """The place of each of the model's parameters in `weights`."""
-        numbers = jax.tree.unflatten(self._tree, range(len(self.weights)))
+        numbers = jax.tree.unflatten(self._tree, range(len(self._abstract_weights)))
         return {tuple(path): leaf.get_value() for path, leaf in nnx.to_flat_state(numbers)}
 
     def step(self, shape: Shape) -> Callable[..., Any]:
@@ -165,7 +178,7 @@ class Programs:
         )
         packed = jax.ShapeDtypeStruct((shape.words,), jnp.int32, sharding=sharding(self.mesh))
         jitted = jax.jit(mapped, donate_argnums=2)
-        return jitted.lower(self.weights, adapters, kv, last, packed)
+        return jitted.lower(self._abstract_weights, adapters, kv, last, packed)
 
     def _lower_sample(self, count: int, kind: Kind, slots: sampler.Slots) -> jax.stages.Lowered:
         def sample(scores: jax.Array, slots: sampler.Slots, rows: sampler.Rows):
@@ -199,7 +212,7 @@ class Programs:
         rows = jax.ShapeDtypeStruct((SCORE_ROWS,), jnp.int32, sharding=replicated)
         pages = jax.ShapeDtypeStruct((rank_pages if full else 0,), jnp.int32, sharding=replicated)
         jitted = jax.jit(self._map(score, specs, P()))
-        return jitted.lower(self.weights, head, hidden, rows, rows, pages)
+        return jitted.lower(self._abstract_weights, head, hidden, rows, rows, pages)
 
     def _mapped_copy(self, pools: Pools) -> Callable:
         def copy(pools: Pools, pages: jax.Array) -> list[dict[str, ActivePages]]:

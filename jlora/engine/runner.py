@@ -1,13 +1,16 @@
 """Runs steps on the device: owns weights, K/V pools and slots, and every compiled program.
 
 `dispatch(plan)` builds one packed batch in numpy and queues the step; `collect` waits for its
-tokens. All programs are compiled by `warm_up`; a step whose shape was not compiled is an error,
+tokens. All programs are compiled by `compiling`; a step whose shape was not compiled is an error,
 so nothing ever compiles while requests wait.
 """
 
 import logging
+import threading
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,19 +70,20 @@ class Runner:
 
     def __init__(
         self,
-        model: Decoder,
+        abstract: Decoder,
         layout: Layout,
         mesh: Mesh,
         rank_pages: RankPages,
         config: EngineConfig,
         num_pages: int,
     ):
-        """Allocates K/V pools of `num_pages` pages and the slots; compiles nothing yet."""
+        """Allocates K/V pools of `num_pages` pages and the slots; compiles nothing yet. Of the
+        model it takes the shapes: its weights go to `programs.load`."""
         cfg = layout.cfg
         self.config, self.rank_pages, self.vocab = config, rank_pages, cfg.vocab
         self._on_cpu = on_cpu = mesh.devices.flat[0].platform == "cpu"
         self.programs = Programs(
-            model,
+            abstract,
             layout,
             mesh,
             config.max_logprobs,
@@ -126,14 +130,36 @@ class Runner:
 
     # ---- compiling ------------------------------------------------------------------------
 
-    def warm_up(self, shapes: Seq[Shape], progress: Callable[[int, int], None] | None = None):
-        """Compiles every program that serving can need; runs each once, on a CPU the first only."""
-        self.programs.compile_all(shapes, self.rank_pages.pools, self.kv, self.slots, progress)
+    @contextmanager
+    def compiling(
+        self, shapes: Seq[Shape], progress: Callable[[int, int], None] | None = None
+    ) -> Iterator[None]:
+        """Compiles every program that serving can need while the body runs; an error there ends it."""
+        failed = threading.Event()
+
+        def tell(done: int, total: int) -> None:
+            if failed.is_set():
+                raise CancelledError
+            if progress is not None:
+                progress(done, total)
+
+        arrays = (self.rank_pages.pools, self.kv, self.slots)
+        with ThreadPoolExecutor(1) as thread:
+            compiled = thread.submit(self.programs.compile_all, shapes, *arrays, tell)
+            try:
+                yield
+                compiled.result()
+            except BaseException:
+                failed.set()
+                raise
+        self._first_runs = list(shapes)
+
+    def warm_up(self) -> None:
+        """Runs every program once, on a CPU the first only, and prepares the slots."""
         self.rank_pages.warm_up()
         # A first run costs a second: a GPU captures its graph in it, XLA:CPU prepares its matmuls.
         # On a CPU that is as much as compiling (from the cache) took, so only one runs now.
-        self._first_runs = list(shapes)
-        for _ in shapes[:1] if self._on_cpu else shapes:
+        for _ in self._first_runs[:1] if self._on_cpu else self._first_runs[:]:
             self.first_run()
         # Greedy: one padding row that draws would make every padded step draw for all its rows.
         row = sampler.slot_row(

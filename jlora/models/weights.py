@@ -249,6 +249,11 @@ def load_weights(
     return _build(layout, table, make, dtype, copy_head, progress)
 
 
+def abstract_decoder(layout: Layout, dtype: Any, *, copy_head: bool = True) -> Decoder:
+    """A Decoder with the shapes and types of its weights in their places: enough to compile for."""
+    return nnx.eval_shape(lambda: Decoder(layout, jnp.dtype(dtype), copy_head))
+
+
 def dummy_weights(
     layout: Layout, mesh: Mesh, dtype: Any, seed: int = 0, *, copy_head: bool = True
 ) -> Decoder:
@@ -288,8 +293,7 @@ def _build(
 ) -> Decoder:
     """A Decoder whose every parameter comes from `make`; nothing else is allocated."""
     dtype = np.dtype(dtype)
-    abstract = nnx.eval_shape(lambda: Decoder(layout, jnp.dtype(dtype), copy_head))
-    graph, state = nnx.split(abstract)
+    graph, state = nnx.split(abstract_decoder(layout, dtype, copy_head=copy_head))
     params = dict(nnx.to_flat_state(state))
     by_path = {source.path: source for source in table}
     assert by_path.keys() == params.keys(), by_path.keys() ^ params.keys()
