@@ -6,7 +6,7 @@ The one place that knows how all parts fit together, and how memory is shared ou
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -14,10 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora.adapters.adapter import LEVELS, Support
+from jlora.adapter_text import AdapterTexts
+from jlora.adapters.adapter import LEVELS, Adapter, Support
 from jlora.adapters.entry import AdapterEntry
 from jlora.adapters.peft import read_adapter, required_support
-from jlora.adapters.pool import RankPages, page_bytes
+from jlora.adapters.pool import RankPages, StagedAdapter, page_bytes
 from jlora.adapters.store import AdapterStore
 from jlora.demo import DEMO_ADAPTERS
 from jlora.demo.model import cache_folder, demo_model_folder
@@ -81,7 +82,11 @@ def build_engine(options: ModelOptions, *, progress: Progress | None = None) -> 
             "short ones would, as transformers takes them",
             cfg.default_context,
         )
+    base_cfg = cfg
+    support, extra = _support(options, cfg)
+    cfg = replace(cfg, extra_vocab=extra)
     tokenizer = Tokenizer.from_folder(folder)
+    texts = AdapterTexts(tokenizer)
     names = options.served_model_name or (folder.name,)
     platform = "gpu" if jax.default_backend() == "gpu" else "cpu"
     mesh, layout = make_mesh(options.mesh), Layout(cfg, options.mesh)
@@ -92,7 +97,6 @@ def build_engine(options: ModelOptions, *, progress: Progress | None = None) -> 
     model = load() if platform == "gpu" else None
 
     config = _engine_config(options, cfg, _PLATFORMS[platform])
-    support = _support(options, cfg)
     lora_pages = _lora_pages(options, layout, dtype, config.rank_page, support)
     rank_pages = RankPages(cfg, layout, mesh, lora_pages, dtype, config.rank_page, support)
     kv_page = _kv_page_bytes(layout, config, dtype)
@@ -102,10 +106,18 @@ def build_engine(options: ModelOptions, *, progress: Progress | None = None) -> 
     runner = Runner(abstract, layout, mesh, rank_pages, config, num_pages)
     shapes = buckets(config)
 
-    base = BaseWeights(folder, cfg) if options.load_format != "dummy" else None
+    base = BaseWeights(folder, base_cfg) if options.load_format != "dummy" else None
+
+    def stage(adapter: Adapter) -> StagedAdapter:
+        staged = rank_pages.stage(adapter)
+        if not (own := Path(adapter.path)).is_dir():  # a mix
+            return staged
+        text = texts.read(own, cfg.vocab + adapter.added_tokens)
+        return replace(staged, tokenizer=text.tokenizer, eos_ids=text.eos_ids)
+
     store = AdapterStore(
-        read=lambda path: read_adapter(path, cfg, base),
-        stage=rank_pages.stage,
+        read=lambda path: read_adapter(path, base_cfg, base),
+        stage=stage,
         num_pages=lora_pages,
         max_adapter_pages=config.max_rank_pages,
         max_cpu_loras=options.max_cpu_loras,
@@ -282,12 +294,19 @@ def _place(entries: Sequence[AdapterEntry], store: AdapterStore, rank_pages: Ran
             placed.append(entry)
 
 
-def _support(options: ModelOptions, cfg: ModelConfig) -> Support:
-    """What the rank pages must hold: what was asked for, or the least that the start's adapters need."""
-    if options.lora_support != "auto":
-        return LEVELS[options.lora_support]
-    needed = (required_support(module.path, cfg) for module in options.adapters)
-    return LEVELS["plain"].union(*needed)
+def _support(options: ModelOptions, cfg: ModelConfig) -> tuple[Support, int]:
+    """What the rank pages must hold, and the tokens that adapters may add: what was asked for, or the
+    least that the start's adapters need."""
+    asked, extra = options.lora_support, options.lora_extra_vocab_size
+    support, added = LEVELS["plain" if asked == "auto" else asked], 0
+    if asked == "auto" or extra is None:
+        for module in options.adapters:
+            needed, tokens = required_support(module.path, cfg)
+            support |= needed if asked == "auto" else frozenset()
+            added = max(added, tokens)
+    extra = added if extra is None else extra
+    ends: Support = frozenset({"vocabulary"} if extra else ())
+    return support | ends, extra
 
 
 def _load_adapters(options: ModelOptions, store: AdapterStore) -> list[AdapterEntry]:

@@ -82,12 +82,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def answer(llm: LLM, options: GenerateOptions, text: str, params: SamplingParams) -> str | None:
     """Print the answer to `text` while it comes; what went wrong, if the request failed."""
     entry = llm.resolve(options.lora)
+    tokenizer = llm.tokenizer_of(entry)
     if options.raw:
-        ids = llm.tokenizer.encode(text)
+        ids = tokenizer.encode(text)
     else:
         messages = [{"role": "system", "content": options.system}] if options.system else []
         messages.append({"role": "user", "content": text})
-        ids = llm.tokenizer.encode_chat(messages, template=template_of(entry))
+        ids = tokenizer.encode_chat(messages, template=template_of(entry))
     room = llm.engine.max_model_len - len(ids)
     if params.max_tokens is not None and 0 < room < params.max_tokens:
         params = SamplingParams(

@@ -19,7 +19,7 @@ from jlora.adapters.store import AdapterStore
 from jlora.engine.engine import Engine
 from jlora.engine.programs import Programs
 from jlora.errors import AdapterError, ConflictError
-from jlora.models.config import GROUPS, NORM_GROUPS
+from jlora.models.config import ADDED, GROUPS, NORM_GROUPS
 from jlora.sharding import Layout
 
 Path = tuple[str | int, ...]
@@ -52,6 +52,11 @@ class InPlace:
             if self._engine.merged is not None:
                 raise ConflictError(
                     f"the adapter '{self._engine.merged.name}' is merged; unmerge it first"
+                )
+            if entry.added_tokens:
+                raise AdapterError(
+                    f"the adapter '{entry.name}' cannot be merged in place: it adds {entry.added_tokens} "
+                    "tokens; python -m jlora.merge writes a checkpoint that has them"
                 )
             staged = self._store.read(entry)
             changes = dict(_changes(staged, self._layout, self._rank_pages))
@@ -138,6 +143,8 @@ def _changes(
     for group, parts in groups_of(layout.cfg, pages.support).items():
         layers = range(layout.cfg.layers) if in_layers(group) else [0]
         for index in layers:
+            if group == ADDED:
+                continue
             if group in NORM_GROUPS:
                 yield from _norms(staged, layout, group, index)
                 continue

@@ -66,6 +66,8 @@ class Report:
     """Of all tensors in the file."""
     dtypes: tuple[str, ...]
     chat_template: bool | None
+    added_tokens: int
+    """Tokens beyond the base's vocabulary."""
     uid: str | None
     """Identity of its content; None: not read against a base."""
     refused: str | None
@@ -124,6 +126,7 @@ def inspect(options: InspectOptions) -> Report:
         bytes=sum(info.nbytes for info in header.values()),
         dtypes=tuple(sorted({info.dtype for info in header.values()})),
         chat_template=adapter.chat_template is not None if adapter else None,
+        added_tokens=adapter.added_tokens if adapter else 0,
         uid=adapter.uid if adapter else None,
         refused=refused,
         elsewhere=tuple(elsewhere(facts)),
@@ -192,6 +195,7 @@ def show(report: Report) -> None:
         f"{size(report.bytes)}; base {report.base_model_name_or_path or 'not named'}",
     ]
     template = "; brings a chat template" if report.chat_template else ""
+    template += f"; adds {report.added_tokens} tokens" if report.added_tokens else ""
     console.print(f"{report.adapter}: {', '.join(facts)}{template}", soft_wrap=True)
     if report.model is None:
         console.print("no base model here to check it against: give --model BASE", soft_wrap=True)

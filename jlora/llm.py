@@ -18,6 +18,7 @@ from jlora.options import ModelOptions
 from jlora.outputs import CompletionOutput, Logprob, LoRARequest, RequestOutput
 from jlora.parts import InPlaceLike, Parts, Progress
 from jlora.stream import Choice, Stream, Waker
+from jlora.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int] | dict[str, Any]
 _counter = itertools.count()
@@ -121,7 +122,7 @@ class LLM:
         request_id = request_id or uuid.uuid4().hex
         choices: list[Choice] = []
         for prompt in prompts:
-            checked = self.check(prompt, params)
+            checked = self.check(prompt, params, adapter)
             for sample in range(params.n):
                 # 31 bits are all that the sampler uses; -2 + 1 must not become -1, "no seed".
                 seed = None if params.seed is None else (params.seed + sample) & 0x7FFFFFFF
@@ -131,7 +132,7 @@ class LLM:
                         request_id=f"{request_id}-{len(choices)}-{next(_counter)}",
                         prompt_ids=prompt,
                         params=dataclasses.replace(checked, n=1, seed=seed),
-                        tokenizer=self.tokenizer,
+                        tokenizer=self.tokenizer_of(adapter),
                     )
                 )
 
@@ -148,9 +149,19 @@ class LLM:
             adapter=adapter,
         ).start()
 
-    def check(self, prompt: Sequence[int], params: SamplingParams) -> SamplingParams:
+    def tokenizer_of(self, adapter: AdapterEntry | None) -> Tokenizer:
+        """An adapter's own tokenizer where it brings one, else the base's."""
+        return getattr(adapter, "tokenizer", None) or self.tokenizer
+
+    def vocab_of(self, adapter: AdapterEntry | None) -> int:
+        """Tokens that a request of this adapter may name."""
+        return self.parts.vocab + getattr(adapter, "added_tokens", 0)
+
+    def check(
+        self, prompt: Sequence[int], params: SamplingParams, adapter: AdapterEntry | None = None
+    ) -> SamplingParams:
         """`params` with max_tokens filled in; ParameterError when prompt and params do not fit the model."""
-        self.engine.check(prompt, params)
+        self.engine.check(prompt, params, adapter)
         limit = self.engine.max_model_len
         room = limit - len(prompt)
         if params.max_tokens is None:
@@ -174,11 +185,15 @@ class LLM:
         if isinstance(prompts, str | dict) or (prompts and isinstance(prompts[0], int)):
             prompts = [prompts]  # type: ignore[list-item]
         texts = [_as_prompt(prompt) for prompt in prompts]
+        loras = _loras(lora_request, len(texts))
         ids = [
-            self.tokenizer.encode(text) if isinstance(text, str) else list(text) for text in texts
+            self.tokenizer_of(self.adapter_for(lora)).encode(text)
+            if isinstance(text, str)
+            else list(text)
+            for text, lora in zip(texts, loras, strict=True)
         ]
         shown = [text if isinstance(text, str) else None for text in texts]
-        return self._run(shown, ids, sampling_params, lora_request)
+        return self._run(shown, ids, sampling_params, loras)
 
     def chat(
         self,
@@ -199,7 +214,8 @@ class LLM:
         ids: list[list[int]] = []
         for conversation, lora in zip(messages, loras, strict=True):
             entry = self.adapter_for(lora)
-            text = self.tokenizer.render_chat(
+            tokenizer = self.tokenizer_of(entry)
+            text = tokenizer.render_chat(
                 list(conversation),  # type: ignore[arg-type]
                 template=chat_template or template_of(entry),
                 add_generation_prompt=add_generation_prompt,
@@ -207,7 +223,7 @@ class LLM:
                 variables=chat_template_kwargs,
             )
             prompts.append(text)
-            ids.append(self.tokenizer.encode(text, add_special_tokens=False))
+            ids.append(tokenizer.encode(text, add_special_tokens=False))
         return self._run(prompts, ids, sampling_params, loras)
 
     def adapter_for(self, lora: LoRARequest | None) -> AdapterEntry | None:
@@ -257,7 +273,9 @@ class LLM:
             request_id=first.request_id,
             prompt=text,
             prompt_token_ids=first.prompt_ids,
-            prompt_logprobs=[self._logprobs(x) if x else None for x in scores] if scores else None,
+            prompt_logprobs=[_logprobs(x, first.tokenizer) if x else None for x in scores]
+            if scores
+            else None,
             outputs=[self._completion(choice, lora) for choice in stream.choices],
             finished=True,
             lora_request=lora,
@@ -271,24 +289,25 @@ class LLM:
             text=choice.text,
             token_ids=choice.token_ids,
             cumulative_logprob=sum(x.logprob for x in choice.logprobs) if wanted else None,
-            logprobs=[self._logprobs(x) for x in choice.logprobs] if wanted else None,
+            logprobs=[_logprobs(x, choice.tokenizer) for x in choice.logprobs] if wanted else None,
             finish_reason=choice.finish_reason,
             stop_reason=choice.stop_reason,
             lora_request=lora,
         )
 
-    def _logprobs(self, scored: TokenLogprobs) -> dict[int, Logprob]:
-        """vLLM's shape: the sampled token first, then the top ones; ranks count from 1."""
-        ranks = {token: i for i, token in enumerate(scored.top, start=1)}
-        values = {scored.token: scored.logprob} | dict(scored.top)
-        return {
-            token: Logprob(
-                logprob=value,
-                rank=scored.rank if token == scored.token else ranks[token],
-                decoded_token=self.tokenizer.token_text(token),
-            )
-            for token, value in values.items()
-        }
+
+def _logprobs(scored: TokenLogprobs, tokenizer: Tokenizer) -> dict[int, Logprob]:
+    """vLLM's shape: the sampled token first, then the top ones; ranks count from 1."""
+    ranks = {token: i for i, token in enumerate(scored.top, start=1)}
+    values = {scored.token: scored.logprob} | dict(scored.top)
+    return {
+        token: Logprob(
+            logprob=value,
+            rank=scored.rank if token == scored.token else ranks[token],
+            decoded_token=tokenizer.token_text(token),
+        )
+        for token, value in values.items()
+    }
 
 
 def template_of(entry: AdapterEntry | None) -> str | None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from jlora.adapters.adapter import LEVELS, Adapter, Level, level_of
+from jlora.adapters.adapter import LEVELS, Adapter, Level, level_of, widened
 from jlora.adapters.peft import read_adapter
 from jlora.cli import fail, parse
 from jlora.console import ProgressBars, setup_logging
@@ -50,11 +50,18 @@ class Joined:
     """The folder of the one adapter that added tokens."""
     base: str
     """The base's name for an adapter_config.json."""
+    added_tokens: int
+    """Rows that the result has beyond the base's vocabulary."""
 
     @property
     def pairs(self) -> dict[Place, Callable[[], Pair]]:
         """The delta as one plain adapter. AdapterError where it is none."""
         for adapter in self.adapters:
+            if adapter.added_tokens:
+                raise AdapterError(
+                    f"{adapter.path} adds {adapter.added_tokens} tokens: it cannot be joined to a plain "
+                    "adapter; --output merges it"
+                )
             if adapter.vectors:
                 raise AdapterError(
                     f"{adapter.path} has DoRA, biases or norms: it cannot be joined to a plain adapter; "
@@ -112,11 +119,18 @@ def join(options: MergeOptions) -> Joined:
     bases = {adapter.base_model for adapter in adapters}
     named = bases.pop() if len(bases) == 1 else None
     weights = options.weights or (1.0,) * len(adapters)
-    own = [path for path in map(Path, options.adapters) if adds_tokens(path, folder, cfg.vocab)]
+    own = [
+        path
+        for path, adapter in zip(map(Path, options.adapters), adapters, strict=True)
+        if adds_tokens(path, folder, cfg.vocab + adapter.added_tokens) or adapter.added_tokens
+    ]
     if len(own) > 1:
         raise AdapterError(
             f"{own[0]} and {own[1]} add tokens of their own: one checkpoint has one tokenizer"
         )
+    added = max(adapter.added_tokens for adapter in adapters)
+    if added:
+        adapters = [widened(adapter, cfg.vocab + added) for adapter in adapters]
     return Joined(
         adapters=adapters,
         weights=weights,
@@ -125,6 +139,7 @@ def join(options: MergeOptions) -> Joined:
         chat_template=_template(adapters),
         tokenizer=own[0] if own else None,
         base=named or options.model,
+        added_tokens=added,
     )
 
 
@@ -170,6 +185,7 @@ def merge(options: MergeOptions, joined: Joined, progress: ProgressBars) -> None
             max_shard_bytes=size,
             chat_template=joined.chat_template,
             tokenizer=joined.tokenizer,
+            added_tokens=joined.added_tokens,
             progress=lambda done, total: progress("merging tensors", done, total),
         )
 
@@ -232,7 +248,8 @@ def verify(options: MergeOptions, joined: Joined | None = None) -> tuple[float, 
     joined = joined or join(options)
     if len(joined.adapters) == 1 and joined.recipe == Recipe() and joined.weights == (1.0,):
         (alone,) = joined.adapters
-        return compare(options.model, alone.path, options.output, alone.rank, joined.support)
+        extra = joined.added_tokens
+        return compare(options.model, alone.path, options.output, alone.rank, joined.support, extra)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "adapter"
         rank = write_adapter(path, joined.pairs, joined.base)

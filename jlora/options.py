@@ -128,6 +128,9 @@ class ModelOptions:
     lora_support: Literal["auto", "plain", "vectors", "norms", "full"] = "auto"
     """What adapters may change: plain: the projections of layers; vectors: also by DoRA and biases; norms: also trained norms; full: embed_tokens and lm_head too. Every step with adapters pays for it. auto: exactly what lora_modules need."""
 
+    lora_extra_vocab_size: int | None = None
+    """Tokens that adapters may add to the vocabulary. Default: as many as lora_modules need."""
+
     lora_host_memory: str | None = None
     """Host memory for adapters, e.g. 4GiB. Default: no limit."""
 
@@ -159,6 +162,11 @@ class ModelOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ParameterError(f"{name} must be at least 1, got {value}", name)
+        if (self.lora_extra_vocab_size or 0) < 0:
+            raise ParameterError(
+                f"lora_extra_vocab_size must not be negative, got {self.lora_extra_vocab_size}",
+                "lora_extra_vocab_size",
+            )
         if self.max_cpu_loras is not None and self.max_cpu_loras < self.max_loras:
             raise ParameterError(
                 f"max_cpu_loras ({self.max_cpu_loras}) must be at least max_loras ({self.max_loras})",

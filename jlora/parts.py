@@ -19,7 +19,9 @@ class EngineLike(Protocol):
     @property
     def max_model_len(self) -> int: ...
 
-    def check(self, prompt: Sequence[int], params: SamplingParams) -> None: ...
+    def check(
+        self, prompt: Sequence[int], params: SamplingParams, adapter: AdapterEntry | None = None
+    ) -> None: ...
 
     def submit(
         self,

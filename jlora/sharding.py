@@ -17,7 +17,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jlora.errors import ParameterError
-from jlora.models.config import ALL_GROUPS, NORM_GROUPS, ModelConfig
+from jlora.models.config import ADDED, ALL_GROUPS, NORM_GROUPS, VECTOR_GROUPS, ModelConfig
 
 AXIS = "model"
 """Name of the only mesh axis: tensor parallelism."""
@@ -45,6 +45,7 @@ GROUP_AXES: dict[str, tuple[str, str]] = {
     "head": ("embed", "vocab"),
     "norms": ("norm", "norm"),
     "norm": ("norm", "norm"),
+    "added": ("norm", "norm"),
 }
 """Logical axes (input, output) of each group's weight."""
 
@@ -137,8 +138,14 @@ class Layout:
 
     @cached_property
     def vocab_index(self) -> np.ndarray:
-        """Source row of each vocabulary entry."""
-        return _pad(self.cfg.vocab, self.tp)
+        """Source row of each vocabulary entry; tokens that adapters may add have none."""
+        rows = self._adapters_vocab
+        return np.where(rows < self.cfg.vocab, rows, -1)
+
+    @cached_property
+    def _adapters_vocab(self) -> np.ndarray:
+        """The same for an adapter's rows."""
+        return _pad(self.cfg.vocab_rows, self.tp)
 
     @cached_property
     def _part_index(self) -> dict[str, np.ndarray]:
@@ -154,17 +161,17 @@ class Layout:
             "up_proj": mlp,
             "down_proj": embed,
             "embed_tokens": embed,
-            "lm_head": self.vocab_index,
+            "lm_head": self._adapters_vocab,
         }
 
     def input_index(self, group: str) -> np.ndarray | None:
         """Source column of each input column of a group; None: the checkpoint's own order."""
-        if group in NORM_GROUPS:
-            return np.arange(0)  # vectors only
+        if group in VECTOR_GROUPS:
+            return np.arange(0)
         index = {
             "o": self._part_index["q_proj"],
             "down": self.mlp_index,
-            "embed": self.vocab_index,
+            "embed": self._adapters_vocab,
         }.get(group)
         if index is None:
             return None
@@ -176,6 +183,8 @@ class Layout:
 
         For a column group: device 0's rows of every part, then device 1's, and so on.
         """
+        if group == ADDED:
+            return [(ADDED, np.arange(self.cfg.extra_vocab))]
         if group in NORM_GROUPS:
             widths = [(name, self.cfg.norm_width(name)) for name in self.cfg.parts(group)]
             return [(name, np.arange(width or 0)) for name, width in widths]
@@ -187,7 +196,7 @@ class Layout:
 
     def part_sizes(self, group: str) -> tuple[int, ...]:
         """Output width of each part of a group on one device; all norms are one part."""
-        if group in NORM_GROUPS:
+        if group in VECTOR_GROUPS:
             return (self.group_shape(group)[1],)
         devices = self.tp if RULES[GROUP_AXES[group][1]] else 1
         return tuple(len(self._part_index[part]) // devices for part in ALL_GROUPS[group])

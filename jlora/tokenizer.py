@@ -59,6 +59,18 @@ def read_chat_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, st
     return found
 
 
+def named_tokens(sources: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """The special tokens that files name; the last file wins."""
+    named: dict[str, str] = {}
+    for source in sources:
+        for name in SPECIAL_NAMES:
+            value = source.get(name)
+            value = value.get("content") if isinstance(value, dict) else value
+            if isinstance(value, str):
+                named[name] = value
+    return named
+
+
 class Tokenizer:
     """The tokenizer of one checkpoint; `special_tokens` are the named ones (`bos_token`, ...)."""
 
@@ -93,13 +105,7 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         config = _read_json(folder / "tokenizer_config.json")
-        named: dict[str, str] = {}
-        for source in (_read_json(folder / "special_tokens_map.json"), config):
-            for name in SPECIAL_NAMES:
-                value = source.get(name)
-                value = value.get("content") if isinstance(value, dict) else value
-                if isinstance(value, str):
-                    named[name] = value
+        named = named_tokens((_read_json(folder / "special_tokens_map.json"), config))
         templates = read_chat_templates(folder, config)
         return cls(backend, special_tokens=named, chat_templates=templates)
 

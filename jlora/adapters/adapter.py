@@ -87,6 +87,9 @@ class Adapter:
     vectors: dict[tuple[int, str], OutputVectors] = field(default_factory=dict)
     """Keyed likewise; a projection may have vectors without a pair. A norm's offset is added to
     its weight: (3, "input_layernorm"), (NO_LAYER, "norm")."""
+    added_tokens: int = 0
+    """Tokens beyond the base's vocabulary; pairs of embed_tokens and lm_head have so many more columns
+    and rows."""
     chat_template: str | None
 
     @cached_property
@@ -141,6 +144,24 @@ def by_projection(adapter: Adapter, cfg: ModelConfig) -> Adapter:
                 weights[layer, part] = replace(pair, b=pair.b[rows])
             if own is not None:
                 vectors[layer, part] = own.rows(rows)
+    return replace(adapter, weights=weights, vectors=vectors)
+
+
+def widened(adapter: Adapter, vocab: int) -> Adapter:
+    """The same adapter with `vocab` tokens in its pairs and vectors of embed_tokens and lm_head."""
+    embed, head = (NO_LAYER, "embed_tokens"), (NO_LAYER, "lm_head")
+    weights, vectors = dict(adapter.weights), dict(adapter.vectors)
+    if (pair := weights.get(embed)) is not None and (more := vocab - pair.a.shape[1]):
+        weights[embed] = replace(pair, a=np.pad(pair.a, ((0, 0), (0, more))))
+    if (pair := weights.get(head)) is not None and (more := vocab - pair.b.shape[0]):
+        weights[head] = replace(pair, b=np.pad(pair.b, ((0, more), (0, 0))))
+    if (own := vectors.get(head)) is not None:
+        scale, offset = own.scale, own.offset
+        if scale is not None:
+            scale = np.pad(scale, (0, vocab - len(scale)), constant_values=1)
+        if offset is not None:
+            offset = np.pad(offset, (0, vocab - len(offset)))
+        vectors[head] = OutputVectors(scale=scale, offset=offset)
     return replace(adapter, weights=weights, vectors=vectors)
 
 

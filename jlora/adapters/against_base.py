@@ -5,7 +5,7 @@ weights and new token rows: the difference from the base's own. PiSSA (Meng et a
 (Buyukakyuz 2024) saved raw: their start values come off again as a second pair.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -60,22 +60,68 @@ def dora_scale(
 def replaced_weight(
     base: Base, place: Place, new: Float[np.ndarray, "rows columns"]
 ) -> LoraWeights:
-    """A whole new weight as a pair of full rank: the difference, and an identity."""
+    """A whole new weight of a layer as a pair of full rank: the difference, and an identity."""
     delta: np.ndarray = np.empty(new.shape, np.float32)
     for rows, block in base.blocks(*place):
         delta[rows] = new[rows].astype(np.float32) - block
-    out_in: np.ndarray = delta.T if place[1] == VOCABULARY[0] else delta
+    return _of_full_rank(delta)
+
+
+def _of_full_rank(out_in: Float[np.ndarray, "N K"]) -> LoraWeights:
     n, k = out_in.shape
     eye = np.eye(min(n, k), dtype=np.float32)
     a, b = (eye, out_in) if k <= n else (out_in, eye)
     return LoraWeights(a=np.ascontiguousarray(a), b=b, rank=len(eye), scaling=1.0)
 
 
-def is_copy(base: Base, place: Place, new: np.ndarray) -> bool:
-    """Whether a stored weight is the base's own, as far as the stored type can tell."""
-    return all(
-        np.array_equal(new[rows], block.astype(new.dtype)) for rows, block in base.blocks(*place)
-    )
+def replaced_rows(
+    base: Base, place: Place, new: Float[np.ndarray, "vocab D"], *, rounded: bool = False
+) -> LoraWeights | None:
+    """The rows of a whole embedding or head that are not the base's, as a pair: of one rank for each,
+    or of full rank if that is less; None where all are the base's. Rows beyond the base's are new.
+
+    `rounded`: a row is the base's own if it is so in the stored type."""
+    delta, changed = new.astype(np.float32), np.ones(len(new), bool)
+    for rows, block in base.blocks(*place):
+        delta[rows] -= block
+        old = block.astype(new.dtype) if rounded else block
+        changed[rows] = (new[rows] != old).any(axis=1)
+    index = np.flatnonzero(changed)
+    if len(index) >= min(new.shape):
+        return _of_full_rank(delta.T if place[1] == VOCABULARY[0] else delta)
+    return rows_pair(place, index, delta[index], len(new)) if len(index) else None
+
+
+class Resized:
+    """A base with the rows that an adapter brings for tokens of its own."""
+
+    def __init__(self, base: Base, vocab: int, rows: Mapping[str, Float[np.ndarray, "n D"]]):
+        """`rows` of embed_tokens and lm_head, from the base's `vocab` on."""
+        self._base, self._vocab, self._rows = base, vocab, rows
+
+    def blocks(self, layer: int, projection: str) -> Iterator[tuple[slice, np.ndarray]]:
+        yield from self._base.blocks(layer, projection)
+        if (more := self._rows.get(projection)) is not None:
+            yield slice(self._vocab, self._vocab + len(more)), more
+
+    def weight(self, layer: int, projection: str) -> np.ndarray:
+        return np.concatenate([block for _, block in self.blocks(layer, projection)])
+
+    def rows(self, layer: int, projection: str, index: np.ndarray) -> np.ndarray:
+        more, known = self._rows.get(projection), index < self._vocab
+        if more is None or known.all():
+            return self._base.rows(layer, projection, index)
+        found = np.empty((len(index), more.shape[1]), np.float32)
+        if known.any():
+            found[known] = self._base.rows(layer, projection, index[known])
+        found[~known] = more[index[~known] - self._vocab]
+        return found
+
+    def norm(self, layer: int, name: str) -> np.ndarray:
+        return self._base.norm(layer, name)
+
+    def bias(self, layer: int, projection: str) -> np.ndarray | None:
+        return self._base.bias(layer, projection)
 
 
 def token_rows(
@@ -83,6 +129,13 @@ def token_rows(
 ) -> LoraWeights:
     """New rows of embed_tokens or lm_head as a pair: one rank for each token."""
     delta = new.astype(np.float32) - base.rows(*place, np.asarray(index))
+    return rows_pair(place, np.asarray(index), delta, vocab)
+
+
+def rows_pair(
+    place: Place, index: np.ndarray, delta: Float[np.ndarray, "n D"], vocab: int
+) -> LoraWeights:
+    """What is added to some rows of embed_tokens or lm_head, as a pair."""
     hot = np.zeros((len(index), vocab), np.float32)
     hot[np.arange(len(index)), index] = 1
     if place[1] == VOCABULARY[0]:

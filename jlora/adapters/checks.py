@@ -6,6 +6,7 @@ them, because then one of the two is not what its author meant.
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from jlora.adapters.adapter import NO_LAYER, is_norm
@@ -24,14 +25,67 @@ _FEATURES: tuple[tuple[Kind, str, str], ...] = (
 )
 
 
-def check_modules(modules: Modules, config: LoraConfig, cfg: ModelConfig, folder: Path) -> None:
-    """Raises AdapterError where config, tensors and base model disagree."""
-    _check_kinds(modules, config, folder)
-    _check_shapes(modules, config, cfg, folder)
+def check_modules(modules: Modules, config: LoraConfig, cfg: ModelConfig, folder: Path) -> int:
+    """Tokens that the adapter adds to the base's vocabulary. Raises AdapterError where config, tensors
+    and base model disagree."""
+    for place, found in modules.items():
+        if "weight" in found.tensors and place[1] in VOCABULARY and not is_saved(place[1], config):
+            if "copy" in found.tensors:
+                raise AdapterError(f"{folder}: {shown_place(*place)} has two copies of its weight")
+            found.tensors["copy"] = found.tensors.pop("weight")
+    _check_kinds(modules, config, cfg, folder)
+    vocab = vocabulary(modules, config, cfg)
+    _check_shapes(modules, config, replace(cfg, vocab=vocab), folder)
     _check_targets(modules, config, cfg, folder)
+    _check_added(modules, config, cfg, vocab, folder)
+    return vocab - cfg.vocab
 
 
-def _check_kinds(modules: Modules, config: LoraConfig, folder: Path) -> None:
+def vocabulary(modules: Modules, config: LoraConfig, cfg: ModelConfig) -> int:
+    """Rows of the embedding that the adapter was trained on: the base's, or more."""
+    rows = [cfg.vocab]
+    for name in VOCABULARY:
+        found = modules.get((NO_LAYER, name))
+        if found is not None:
+            whole = (found.tensors.get(kind) for kind in ("weight", "copy"))
+            rows += [info.shape[0] for info in whole if info is not None and info.shape]
+            if "tokens" in found.tensors:
+                index = tokens_of(name, config, cfg)
+                # A row each: a number far beyond would make arrays of its size.
+                rows += [cfg.vocab + sum(i >= cfg.vocab for i in index)]
+    return max(rows)
+
+
+def tokens_of(name: str, config: LoraConfig, cfg: ModelConfig) -> tuple[int, ...]:
+    """The trainable tokens of an end; the two ends of a tied model share theirs."""
+    if name not in config.tokens and cfg.tied:
+        name = VOCABULARY[0]
+    return config.tokens.get(name, ())
+
+
+def _check_added(
+    modules: Modules, config: LoraConfig, cfg: ModelConfig, vocab: int, folder: Path
+) -> None:
+    """Every added token needs a row in both ends."""
+    added = set(range(cfg.vocab, vocab)) if vocab > cfg.vocab else set()
+    if not added:
+        return
+    for name in VOCABULARY:
+        found = modules.get((NO_LAYER, name))
+        kinds: set[Kind] = {"weight", "copy"}
+        if found is None and cfg.tied:
+            found = modules.get((NO_LAYER, VOCABULARY[0]))
+            kinds = {"copy", "original"}
+        has = found.tensors.keys() if found is not None else set()
+        trained = set(tokens_of(name, config, cfg)) if "tokens" in has else set()
+        if not (has & kinds or added <= trained):
+            raise AdapterError(
+                f"{folder} adds tokens {cfg.vocab} to {vocab - 1}, but has no rows of {name} for "
+                "them; save it with save_embedding_layers=True"
+            )
+
+
+def _check_kinds(modules: Modules, config: LoraConfig, cfg: ModelConfig, folder: Path) -> None:
     """What the config switches on and what the file holds must be the same."""
     on = {"magnitude": config.use_dora, "B.bias": config.lora_bias}
     for place, found in modules.items():
@@ -63,11 +117,15 @@ def _check_kinds(modules: Modules, config: LoraConfig, folder: Path) -> None:
                 f"{where} has a trained bias, {has['bias'].name[:160]!r}, but {CONFIG_FILE} says bias "
                 "'none'"
             )
-        if "copy" in has and place[1] not in VOCABULARY:
-            raise AdapterError(
-                f"{folder}: {has['copy'].name[:160]!r} is a weight of the base itself"
-            )
-        if ("tokens" in has) != (place[1] in config.tokens) and place[0] == NO_LAYER:
+        for kind in ("copy", "original"):
+            if kind in has and place[1] not in VOCABULARY:
+                raise AdapterError(
+                    f"{folder}: {has[kind].name[:160]!r} is a weight of the base itself"
+                )
+        asked = (
+            bool(tokens_of(place[1], config, cfg)) if "tokens" in has else place[1] in config.tokens
+        )
+        if place[1] in VOCABULARY and ("tokens" in has) != asked:
             raise AdapterError(
                 f"{where}: trainable_token_indices and the tensors disagree (one of them is missing)"
             )
@@ -94,7 +152,7 @@ def _check_shapes(modules: Modules, config: LoraConfig, cfg: ModelConfig, folder
         if "A" in has:
             _check_pair(place, found, config, cfg, folder)
         if (norm := cfg.norm_width(place[1])) is not None:
-            _check_shape("weight", has["weight"], (norm,), place, folder)
+            _check_shape(has["weight"], (norm,), folder)
             continue
         width, out = cfg.shape(place[1])
         stored = (width, out) if place[1] == VOCABULARY[0] else (out, width)
@@ -104,30 +162,27 @@ def _check_shapes(modules: Modules, config: LoraConfig, cfg: ModelConfig, folder
             "bias": (out,),
             "weight": stored,
             "copy": stored,
+            "twin": stored,
+            "original": stored,
         }
         if "tokens" in has:
-            index = config.tokens[place[1]]
+            index = tokens_of(place[1], config, cfg)
             expected["tokens"] = (len(index), cfg.embed)
             if max(index, default=0) >= cfg.vocab:
                 raise AdapterError(
-                    f"{folder}: trainable_token_indices names token {max(index)}, {cfg.name!r} has "
-                    f"tokens 0 to {cfg.vocab - 1}; adapters that add tokens are not supported"
+                    f"{folder}: trainable_token_indices names token {max(index)}, beyond the "
+                    f"{cfg.vocab} that {cfg.name!r} and the adapter's own rows make"
                 )
         for kind, shape in expected.items():
             if kind in has:
-                _check_shape(kind, has[kind], shape, place, folder)
+                _check_shape(has[kind], shape, folder)
 
 
-def _check_shape(
-    kind: Kind, info: TensorInfo, shape: tuple[int, ...], place: Place, folder: Path
-) -> None:
+def _check_shape(info: TensorInfo, shape: tuple[int, ...], folder: Path) -> None:
     if info.shape == shape:
         return
-    hint = ""
-    if place[1] in VOCABULARY and kind in ("weight", "copy"):
-        hint = "; adapters that add tokens are not supported"
     raise AdapterError(
-        f"{folder}: {info.name[:160]!r} is {list(info.shape)}, expected {list(shape)}{hint}"
+        f"{folder}: {info.name[:160]!r} is {list(info.shape)}, expected {list(shape)}"
     )
 
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Generic, Literal, Protocol, TypeVar
+from typing import Any, Generic, Literal, Protocol, TypeVar
 
 from jlora.adapters.peft import READ_FILES
 from jlora.errors import AdapterError, AdapterNotFound
@@ -35,12 +35,27 @@ class Staged(Protocol):
     @property
     def scalings(self) -> tuple[float, ...]: ...
     @property
+    def added_tokens(self) -> int: ...
+    @property
+    def tokenizer(self) -> Any | None: ...
+    @property
+    def eos_ids(self) -> tuple[int, ...]: ...
+    @property
     def nbytes(self) -> int: ...
     @property
     def pages(self) -> int: ...
 
 
 S = TypeVar("S", bound=Staged)
+
+
+def content_of(staged: Staged) -> dict[str, Any]:
+    """What an entry says of its content, by field."""
+    names = (
+        *("uid", "rank", "modules", "pages", "bound", "scalings", "base_model", "chat_template"),
+        *("added_tokens", "tokenizer", "eos_ids"),
+    )
+    return {name: getattr(staged, name) for name in names}
 
 
 @dataclass(eq=False, kw_only=True)
@@ -72,6 +87,12 @@ class AdapterEntry:
     """The weighted adapters that it is the sum of, if it is a mix (see `mix`)."""
     base_model: str | None = None
     chat_template: str | None = None
+    added_tokens: int = 0
+    """Tokens of its own, beyond the base's vocabulary."""
+    tokenizer: Any | None = None
+    """Its own tokenizer (`tokenizer.Tokenizer`); None: the base's."""
+    eos_ids: tuple[int, ...] = ()
+    """Tokens that end its generations beside the base's."""
     tier: Tier = "disk"
     """The fastest tier that holds it."""
     in_flight: int = 0

@@ -15,10 +15,13 @@ from jlora.adapters.tensors import FLOATS, TensorInfo
 from jlora.errors import AdapterError
 from jlora.models.config import MODULES, VOCAB_GROUPS, ModelConfig
 
-Kind = Literal["A", "B", "B.bias", "magnitude", "bias", "weight", "copy", "tokens"]
+Kind = Literal[
+    "A", "B", "B.bias", "magnitude", "bias", "weight", "twin", "copy", "original", "tokens"
+]
 """A, B: the pair. B.bias: lora_bias. magnitude: DoRA. bias: the base's bias, replaced. weight: the
-base's weight, replaced (modules_to_save). copy: the embedding that peft writes beside a LoRA on
-it. tokens: rows of the embedding, replaced (trainable tokens)."""
+base's weight, replaced (modules_to_save); twin: the same once more. copy: the embedding or head
+that peft writes beside a LoRA on it, and whenever the vocabulary was resized. original: what a
+replaced one was before training. tokens: rows of the embedding, replaced (trainable tokens)."""
 
 Place = tuple[int, str]
 """(layer, projection or norm); NO_LAYER for embed_tokens, lm_head and the last norm."""
@@ -43,7 +46,9 @@ _SUFFIXES: tuple[tuple[Kind, str], ...] = (
     ("bias", r"\.base_layer\.bias"),
     ("bias", rf"\.modules_to_save{_NAME}\.bias"),
     ("bias", r"\.bias"),
+    ("copy", r"\.token_adapter\.base_layer\.weight"),
     ("copy", r"\.base_layer\.weight"),
+    ("original", r"\.original_module\.weight"),
     ("weight", rf"\.modules_to_save{_NAME}\.weight"),
     ("weight", r"\.weight"),
 )
@@ -81,6 +86,10 @@ def sort_tensors(
         module, kind, adapter = _split(key, folder)
         place = _place(module, key, cfg, folder)
         found = modules.setdefault(place, Found(name=module))
+        if kind == "weight" and kind in found.tensors and place[1] in VOCABULARY:
+            both = (key, found.tensors["weight"].name)
+            if sum(".modules_to_save" in name for name in both) == 1:
+                kind = "twin"  # peft writes it twice where the vocabulary was resized
         if kind in found.tensors:
             other = found.tensors[kind].name
             raise AdapterError(f"{folder}: {key[:160]!r} and {other[:160]!r} are the same tensor")

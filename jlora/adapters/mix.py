@@ -61,6 +61,11 @@ def mixed(name: str, adapters: Sequence[Adapter], weights: Sequence[float]) -> A
     offsets: dict[tuple[int, str], np.ndarray] = {}
     digest = hashlib.sha256(b"jlora mix 1\n")
     for adapter, weight in zip(adapters, weights, strict=True):
+        if adapter.added_tokens:
+            raise AdapterError(
+                f"{adapter.path} adds {adapter.added_tokens} tokens, which mean nothing to the others: "
+                "it cannot be mixed"
+            )
         digest.update(f"{adapter.uid} {float(weight).hex()}\n".encode())
         for place, pair in adapter.weights.items():
             scaled = LoraWeights(a=pair.a, b=pair.b, rank=pair.rank, scaling=pair.scaling * weight)

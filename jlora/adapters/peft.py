@@ -25,7 +25,7 @@ from jlora.adapters.adapter import (
     support_of,
 )
 from jlora.adapters.against_base import Base
-from jlora.adapters.checks import check_modules
+from jlora.adapters.checks import check_modules, tokens_of, vocabulary
 from jlora.adapters.keys import (
     VOCABULARY,
     Found,
@@ -49,7 +49,12 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 TEMPLATE_FILE = "chat_template.jinja"
 TOKENIZER_FILE = "tokenizer_config.json"
 TORCH_FILES = ("adapter_model.bin", "adapter_model.pt")
-READ_FILES = (CONFIG_FILE, WEIGHTS_FILE, *TORCH_FILES, TEMPLATE_FILE, TOKENIZER_FILE)
+TOKENIZER, SPECIAL_TOKENS = "tokenizer.json", "special_tokens_map.json"
+ADDED_TOKENS, GENERATION_CONFIG = "added_tokens.json", "generation_config.json"
+READ_FILES = (
+    *(CONFIG_FILE, WEIGHTS_FILE, *TORCH_FILES, TEMPLATE_FILE, TOKENIZER_FILE),
+    *(TOKENIZER, SPECIAL_TOKENS, ADDED_TOKENS, GENERATION_CONFIG),
+)
 """All files of a folder that are ever opened."""
 MAX_TEMPLATE = 1 << 20
 MAX_TOKENIZER_CONFIG = 16 << 20
@@ -75,11 +80,13 @@ def read_adapter(
         if total > max_bytes:
             raise AdapterError(f"{folder} holds {total} bytes, more than the limit of {max_bytes}")
         modules = sort_tensors(header, cfg, folder)
-        check_modules(modules, config, cfg, folder)
+        added = check_modules(modules, config, cfg, folder)
         template = _chat_template(folder)
         reader = _Reader(file, weights_path, config, cfg, base, folder)
+        if added:
+            reader.resize(modules, added)
         for place in sorted(modules):
-            reader.add(place, modules[place])
+            reader.add(place, modules)
     weights = {place: against_base.joined(pairs) for place, pairs in reader.pairs.items()}
     vectors = {
         place: OutputVectors(scale=reader.scales.get(place), offset=reader.offsets.get(place))
@@ -92,19 +99,22 @@ def read_adapter(
         rank=max((pair.rank for pair in weights.values()), default=0),
         weights=weights,
         vectors=vectors,
+        added_tokens=added,
         chat_template=template,
     )
 
 
-def required_support(path: str | Path, cfg: ModelConfig) -> Support:
-    """What an engine must support for this adapter, from its names alone. Raises as read_adapter."""
+def required_support(path: str | Path, cfg: ModelConfig) -> tuple[Support, int]:
+    """What an engine must support for this adapter, and the tokens that it adds, from names and
+    shapes alone. Raises as read_adapter."""
     folder = Path(path)
     _check_folder(folder)
+    config = read_config(folder)
     with open_weights(folder) as (_, _, header):
         modules = sort_tensors(header, cfg, folder)
-    pairs_only: set[str] = {"A", "B", "weight", "copy", "tokens"}
+    pairs_only: set[str] = {"A", "B", "weight", "twin", "copy", "original", "tokens"}
     more = [name for (_, name), found in modules.items() if found.tensors.keys() - pairs_only]
-    return support_of(modules, more)
+    return support_of(modules, more), vocabulary(modules, config, cfg) - cfg.vocab
 
 
 class _Reader:
@@ -120,14 +130,36 @@ class _Reader:
         folder: Path,
     ):
         self.file, self.path, self.config, self.cfg = file, path, config, cfg
-        self._base, self.folder = base, folder
+        self._base, self._plain, self.folder = base, base, folder
+        self.vocab = cfg.vocab
         self.pairs: dict[Place, list[LoraWeights]] = {}
         self.scales: dict[Place, np.ndarray] = {}
         self.offsets: dict[Place, np.ndarray] = {}
 
-    def add(self, place: Place, found: Found) -> None:
+    def resize(self, modules: Modules, added: int) -> None:
+        """Takes the rows of added tokens for the base's own; those of the file, zeros where tokens that
+        are trained one by one will follow."""
+        self.vocab = self.cfg.vocab + added
+        rows: dict[str, np.ndarray] = {}
+        for name in VOCABULARY:
+            found = modules.get((NO_LAYER, name))
+            whole = found.tensors.get("copy") if found is not None else None
+            rows[name] = np.zeros((added, self.cfg.embed), np.float32)
+            if whole is not None:
+                rows[name] = self._read(whole)[self.cfg.vocab :]
+        embed, head = VOCABULARY
+        if (NO_LAYER, head) not in modules:  # tied: its rows are the embedding's before training
+            tensors = modules[NO_LAYER, embed].tensors
+            whole = tensors.get("copy", tensors.get("original"))
+            if whole is not None:
+                rows[head] = self._read(whole)[self.cfg.vocab :]
+                place, index = (NO_LAYER, head), np.arange(self.cfg.vocab, self.vocab)
+                self._add_pair(place, against_base.rows_pair(place, index, rows[head], self.vocab))
+        self._base = against_base.Resized(self._needed((NO_LAYER, head)), self.cfg.vocab, rows)
+
+    def add(self, place: Place, modules: Modules) -> None:
         """Everything of one module."""
-        has = found.tensors
+        found, has = modules[place], modules[place].tensors
         if is_norm(place[1]):
             self._add_offset(place, self._read(has["weight"]) - self._needed(place).norm(*place))
             return
@@ -149,14 +181,27 @@ class _Reader:
             new = self._read(has["bias"])
             self._add_offset(place, new if bias is None else new - bias)
         if "weight" in has:
+            self._needed(place)
+            assert self._plain is not None
             new = read_tensor(self.file, self.path, has["weight"])
-            self._add_pair(place, against_base.replaced_weight(self._needed(place), place, new))
-        if "copy" in has and self._base is not None:
+            if "twin" in has and not np.array_equal(
+                new, read_tensor(self.file, self.path, has["twin"])
+            ):
+                raise AdapterError(
+                    f"{self.folder}: {has['twin'].name[:160]!r} and {has['weight'].name[:160]!r} are "
+                    "two different weights of one module"
+                )
+            if place[1] in VOCABULARY:
+                pair = against_base.replaced_rows(self._plain, place, new)
+                self._add_pair(place, pair)
+            else:
+                self._add_pair(place, against_base.replaced_weight(self._plain, place, new))
+        if "copy" in has and self._plain is not None:
             new = read_tensor(self.file, self.path, has["copy"])
-            if not against_base.is_copy(self._base, place, new):
-                self._add_pair(place, against_base.replaced_weight(self._base, place, new))
+            pair = against_base.replaced_rows(self._plain, place, new, rounded=True)
+            self._add_pair(place, pair)
         if "tokens" in has:
-            self._add_tokens(place, self._read(has["tokens"]))
+            self._add_tokens(place, self._read(has["tokens"]), modules)
 
     def _read(self, info: TensorInfo) -> np.ndarray:
         return read_tensor(self.file, self.path, info).astype(np.float32)
@@ -178,8 +223,9 @@ class _Reader:
             )
         return self._base
 
-    def _add_pair(self, place: Place, pair: LoraWeights) -> None:
-        self.pairs.setdefault(place, []).append(pair)
+    def _add_pair(self, place: Place, pair: LoraWeights | None) -> None:
+        if pair is not None:
+            self.pairs.setdefault(place, []).append(pair)
 
     def _add_offset(self, place: Place, offset: np.ndarray) -> None:
         self.offsets[place] = offset + self.offsets.get(place, np.float32(0))
@@ -193,13 +239,14 @@ class _Reader:
             )
         self.scales[place] = scale
 
-    def _add_tokens(self, place: Place, new: np.ndarray) -> None:
-        index, base = self.config.tokens[place[1]], self._needed(place)
-        places = [place]
-        if self.cfg.tied and place[1] == VOCABULARY[0] and VOCABULARY[1] not in self.config.tokens:
-            places.append((NO_LAYER, VOCABULARY[1]))  # the head shares the rows
+    def _add_tokens(self, place: Place, new: np.ndarray, modules: Modules) -> None:
+        index, base = tokens_of(place[1], self.config, self.cfg), self._needed(place)
+        places, head = [place], (NO_LAYER, VOCABULARY[1])
+        own_rows = head in modules and "tokens" in modules[head].tensors
+        if self.cfg.tied and place != head and not own_rows:
+            places.append(head)  # the head shares the rows
         for own in places:
-            pair = against_base.token_rows(base, own, index, new, self.cfg.vocab)
+            pair = against_base.token_rows(base, own, index, new, self.vocab)
             self._add_pair(own, pair)
 
 

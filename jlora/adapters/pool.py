@@ -6,6 +6,7 @@ is the padding page, all zeros, and is never written. Nothing compiles after `wa
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,15 +22,23 @@ from jlora.adapters.adapter import (
     Support,
     by_projection,
     level_of,
+    widened,
 )
 from jlora.errors import AdapterError
-from jlora.models.config import GROUPS, NORM_GROUPS, VOCAB_GROUPS, ModelConfig
+from jlora.models.config import (
+    ADDED,
+    GROUPS,
+    NORM_GROUPS,
+    VECTOR_GROUPS,
+    VOCAB_GROUPS,
+    ModelConfig,
+)
 from jlora.sharding import GROUP_AXES, RULES, Layout, sharding
 from kernels_pallas.lora_matmul import PAGE, RankPool
 
 HostPage = dict[str, RankPool]
 """One page of all layers, by group, in numpy: a [L, parts*page, K], b [L, page, N], scale and
-offset [L, N] if adapters may have them. L is 1 for groups in no layer. Norms have offsets alone."""
+offset [L, N] if adapters may have them. L is 1 for groups in no layer. VECTOR_GROUPS have offsets alone."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -41,11 +50,16 @@ class StagedAdapter:
     rank: int
     modules: tuple[str, ...]
     chat_template: str | None
+    added_tokens: int
     host_pages: tuple[HostPage, ...]
     bound: int
     """Modules (layer and projection) that it changes."""
     scalings: tuple[float, ...]
     """Different scalings of its modules, in ascending order."""
+    tokenizer: Any | None = None
+    """Its own tokenizer, where it needs one."""
+    eos_ids: tuple[int, ...] = ()
+    """Tokens that end its generations beside the base's."""
     nbytes: int
     """Host bytes; groups that the adapter does not touch share one array of zeros and are free."""
 
@@ -74,6 +88,7 @@ def groups_of(cfg: ModelConfig, support: Support) -> dict[str, tuple[str, ...]]:
     groups = [group for group in GROUPS if group in mine]
     groups += VOCAB_GROUPS if "vocabulary" in support else ()
     groups += NORM_GROUPS if "norms" in support else ()
+    groups += (ADDED,) if cfg.extra_vocab else ()
     return {group: cfg.parts(group) for group in groups}
 
 
@@ -81,7 +96,8 @@ def groups_by_level(cfg: ModelConfig, support: Support) -> list[tuple[str, ...]]
     """The groups of each layer, then, if there are any, those in no layer."""
     norms = NORM_GROUPS if "norms" in support else ()
     levels = [(*cfg.groups(layer), *norms[:1]) for layer in range(cfg.layers)]
-    ends = (*(VOCAB_GROUPS if "vocabulary" in support else ()), *norms[1:])
+    added = (ADDED,) if cfg.extra_vocab else ()
+    ends = (*(VOCAB_GROUPS if "vocabulary" in support else ()), *norms[1:], *added)
     return [*levels, ends] if ends else levels
 
 
@@ -95,8 +111,8 @@ def page_bytes(
     total, cfg = 0, layout.cfg
     for group, parts in groups_of(cfg, support).items():
         (rows, columns), (rows_axis, columns_axis) = layout.group_shape(group), GROUP_AXES[group]
-        if group in NORM_GROUPS:
-            layers = cfg.layers if group == "norms" else 1
+        if group in VECTOR_GROUPS:
+            layers = cfg.layers if in_layers(group) else 1
             total += layers * columns * np.dtype(np.float32).itemsize
             continue
         rows //= layout.tp if RULES[rows_axis] else 1
@@ -163,12 +179,12 @@ class RankPages:
         }
 
     def _rows(self, group: str) -> int:
-        return 0 if group in NORM_GROUPS else self.page_rows
+        return 0 if group in VECTOR_GROUPS else self.page_rows
 
     def _has(self, group: str) -> tuple[bool, bool]:
         """Whether a group has a scale, and an offset."""
         vectors = "vectors" in self.support
-        return vectors and group not in NORM_GROUPS, vectors or group in NORM_GROUPS
+        return vectors and group not in VECTOR_GROUPS, vectors or group in VECTOR_GROUPS
 
     def _shardings(self, mesh: Mesh, group: str, first: str | None = None) -> RankPool:
         (rows, columns), (scale, offset) = GROUP_AXES[group], self._has(group)
@@ -216,6 +232,12 @@ class RankPages:
     def stage(self, adapter: Adapter) -> StagedAdapter:
         """Lays an adapter out in pages. Thread-safe. AdapterError if it needs more than `support`,
         or if a value overflows the dtype."""
+        if adapter.added_tokens > self.cfg.extra_vocab:
+            raise AdapterError(
+                f"{adapter.path} adds {adapter.added_tokens} tokens, this engine has room for "
+                f"{self.cfg.extra_vocab}: start it with --lora-extra-vocab-size "
+                f"{adapter.added_tokens}, or with such an adapter in --lora-modules"
+            )
         if missing := adapter.support - self.support:
             what = next(words for feature, words in _WORDS.items() if feature in missing)
             raise AdapterError(
@@ -223,7 +245,8 @@ class RankPages:
                 f"with --lora-support {level_of(adapter.support | self.support)}, or with such an "
                 "adapter in --lora-modules"
             )
-        whole, adapter = adapter, by_projection(adapter, self.cfg)
+        whole = adapter
+        adapter = widened(by_projection(adapter, self.cfg), self.cfg.vocab_rows)
         touched = {
             group
             for group, parts in groups_of(self.cfg, self.support).items()
@@ -239,6 +262,11 @@ class RankPages:
         for group in touched:
             for index in range(self._layers(group)):
                 self._stage_group(adapter, index, group, pages)
+        for page in pages if whole.added_tokens else ():
+            page[ADDED] = self._host_page(ADDED)
+            own = page[ADDED].offset
+            assert isinstance(own, np.ndarray)
+            own[:, : whole.added_tokens] = 1
         nbytes = sum(
             leaf.nbytes
             for page in pages
@@ -251,6 +279,7 @@ class RankPages:
             rank=adapter.rank,
             modules=tuple(whole.modules),
             chat_template=adapter.chat_template,
+            added_tokens=adapter.added_tokens,
             host_pages=pages,
             bound=len(whole.touched),
             scalings=tuple(sorted({pair.scaling for pair in adapter.weights.values()})),

@@ -19,7 +19,7 @@ from jlora.adapters.adapter import Adapter
 from jlora.adapters.entry import AdapterEntry as AdapterEntry
 from jlora.adapters.entry import Drain as Drain
 from jlora.adapters.entry import Placement as Placement
-from jlora.adapters.entry import S, StoreCounters, check_name
+from jlora.adapters.entry import S, StoreCounters, check_name, content_of
 from jlora.adapters.entry import allowed_path as allowed_path
 from jlora.adapters.mix import canonical, parse_mix
 from jlora.adapters.mix import looks_like_mix as looks_like_mix
@@ -107,18 +107,11 @@ class AdapterStore(Generic[S]):
             name=name,
             path=path,
             generation=next(self._generations),
-            uid=staged.uid,
-            rank=staged.rank,
-            modules=tuple(staged.modules),
-            pages=staged.pages,
             nbytes=staged.nbytes,
-            bound=staged.bound,
-            scalings=staged.scalings,
             pinned=pinned,
             mix=mix,
-            base_model=staged.base_model,
-            chat_template=staged.chat_template,
             load_seconds=seconds,
+            **content_of(staged),
         )
         record = Record(entry, used=next(self._ticks))
         with self._lock:
@@ -374,10 +367,9 @@ class AdapterStore(Generic[S]):
             return
         self._forgotten.append(entry.uid)
         record.staged, record.changed = staged, None
-        entry.uid, entry.generation = staged.uid, next(self._generations)
-        entry.rank, entry.modules = staged.rank, tuple(staged.modules)
-        entry.bound, entry.scalings = staged.bound, staged.scalings
-        entry.pages, entry.base_model = staged.pages, staged.base_model
+        entry.generation = next(self._generations)
+        for name, value in content_of(staged).items():
+            setattr(entry, name, value)
         log.warning("adapter %s: its folder %s has new content", entry.name, entry.path)
         record.note()
 

@@ -112,10 +112,11 @@ class Engine:
         """Starts the engine's thread, which owns jax from now on."""
         self._thread.start()
 
-    def check(self, prompt: Seq[int], params: SamplingParams) -> None:
-        """Raises ParameterError for a request that can never run here."""
+    def check(self, prompt: Seq[int], params: SamplingParams, adapter: Any | None = None) -> None:
+        """Raises ParameterError for a request that can never run here; an adapter may have tokens of
+        its own."""
         self.config.check_request(len(prompt), params)
-        check_tokens(self.vocab, prompt, params)
+        check_tokens(self.vocab + getattr(adapter, "added_tokens", 0), prompt, params)
 
     def submit(
         self,
@@ -131,7 +132,7 @@ class Engine:
         a request that can never run, UnknownModelError if the adapter was unloaded meanwhile,
         ConflictError if another one is merged into the weights.
         """
-        self.check(prompt, params)
+        self.check(prompt, params, adapter)
         self._check_merged(adapter)
         if self._failed is not None:
             raise RuntimeError(f"the engine has stopped: {self._failed}")
@@ -143,7 +144,7 @@ class Engine:
             prompt=prompt,
             params=params,
             adapter=adapter,
-            eos_ids=self._eos_ids,
+            eos_ids=(*self._eos_ids, *getattr(adapter, "eos_ids", ())),
             arrival=time.monotonic(),
             seed=seed,
         )

@@ -186,7 +186,7 @@ class Programs:
 
         replicated = sharding(self.mesh)
         ints = jax.ShapeDtypeStruct((count,), jnp.int32, sharding=replicated)
-        size = (count, self.layout.cfg.vocab)
+        size = (count, self.layout.cfg.vocab_rows)
         scores = jax.ShapeDtypeStruct(size, jnp.float32, sharding=replicated)
         mapped = self._map(sample, (P(), P(), P()), P())
         jitted = jax.jit(mapped, donate_argnums=1)

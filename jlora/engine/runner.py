@@ -80,7 +80,7 @@ class Runner:
         """Allocates K/V pools of `num_pages` pages and the slots; compiles nothing yet. Of the
         model it takes the shapes: its weights go to `programs.load`."""
         cfg = layout.cfg
-        self.config, self.rank_pages, self.vocab = config, rank_pages, cfg.vocab
+        self.config, self.rank_pages, self.vocab = config, rank_pages, cfg.vocab_rows
         self._on_cpu = on_cpu = mesh.devices.flat[0].platform == "cpu"
         self.programs = Programs(
             abstract,
@@ -99,7 +99,7 @@ class Runner:
         )
         self.kv: list[tuple[jax.Array, jax.Array]] = zeros()
         slots = jax.jit(
-            lambda: sampler.empty_slots(config.max_num_seqs, cfg.vocab),
+            lambda: sampler.empty_slots(config.max_num_seqs, cfg.vocab_rows),
             out_shardings=sharding(mesh),
         )
         self.slots: sampler.Slots = slots()

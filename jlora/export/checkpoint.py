@@ -17,7 +17,7 @@ from jlora.errors import ModelError, ParameterError
 from jlora.export.changes import EMBED, HEAD, Change, Changes
 from jlora.export.folder import DTYPES, Entry, write_json, write_tensors, written_aside
 from jlora.export.tokenizer import copy_tokenizer, set_template
-from jlora.models.checkpoint import FLOATS, INDEX, SINGLE, Checkpoint, Read
+from jlora.models.checkpoint import FLOATS, INDEX, SINGLE, Checkpoint
 from jlora.models.config import ModelConfig
 from jlora.models.weights import sources as sources_of
 from jlora.models.weights import tensor_shapes
@@ -88,17 +88,20 @@ def merge_checkpoint(
     max_shard_bytes: int = 5 * 10**9,
     chat_template: str | None = None,
     tokenizer: Path | None = None,
+    added_tokens: int = 0,
     progress: Progress | None = None,
 ) -> None:
     """Writes the checkpoint in `model` with `changes` to `output`, a folder that must not exist.
 
-    Config, generation config, tokenizer (that of the folder `tokenizer`) and templates come along. Raises ModelError for a broken
+    Config, generation config, tokenizer (that of the folder `tokenizer`) and templates come along.
+    `added_tokens`: rows that the changes append to the embedding and the head. Raises ModelError for a broken
     base, a change of a tensor that is not there or a value that the type cannot hold. A tensor
     larger than a shard gets a file of its own.
     """
     cfg, checkpoint = open_base(model)
     untied = cfg.tied and not changes.keys().isdisjoint((EMBED, HEAD))
-    planned = _plan(checkpoint, changes, dtype, untied)
+    vocab = cfg.vocab + added_tokens
+    planned = _plan(checkpoint, changes, dtype, untied, vocab)
     shards = _shards(planned, max_shard_bytes)
     total, done = len(planned), 0
 
@@ -116,14 +119,16 @@ def merge_checkpoint(
             write_tensors(path, [plan.entry for plan in shard], data(shard))
         if len(shards) > 1:
             _write_index(folder, shards)
-        _copy_files(model, folder, dtype, untied)
+        _copy_files(model, folder, dtype, untied, vocab if added_tokens else None)
         if tokenizer is not None:
             copy_tokenizer(tokenizer, folder)
         if chat_template is not None:
             set_template(folder, chat_template)
 
 
-def _plan(checkpoint: Checkpoint, changes: Changes, dtype: str, untied: bool) -> list[_Planned]:
+def _plan(
+    checkpoint: Checkpoint, changes: Changes, dtype: str, untied: bool, vocab: int
+) -> list[_Planned]:
     names = [name for name in checkpoint.tensors if not (untied and name == HEAD)]
     plan = {name: name for name in names} | ({HEAD: EMBED} if untied else {})
     if missing := sorted(changes.keys() - plan.keys()):
@@ -135,7 +140,9 @@ def _plan(checkpoint: Checkpoint, changes: Changes, dtype: str, untied: bool) ->
         _Planned(
             entry=Entry(
                 name=_stored_name(checkpoint, name),
-                shape=checkpoint.tensors[source].shape,
+                shape=(vocab, *checkpoint.tensors[source].shape[1:])
+                if name in (EMBED, HEAD)
+                else checkpoint.tensors[source].shape,
                 dtype=_dtype(checkpoint.tensors[source].dtype, dtype),
             ),
             source=source,
@@ -194,16 +201,16 @@ def _merged(checkpoint: Checkpoint, plan: _Planned) -> Iterator[np.ndarray]:
     read_as = kind if change is None else np.dtype(np.float32)
     for rows in blocks(plan.entry.shape):
         with checkpoint.reader(read_as) as read:  # anew: what was read is unmapped
-            yield _block(read, plan, rows, change, kind)
+            old = np.where(rows < checkpoint.tensors[plan.source].shape[0], rows, -1)
+            yield _block(read(plan.source, old, None), plan, int(rows[0]), change, kind)
 
 
 def _block(
-    read: Read, plan: _Planned, rows: np.ndarray, change: Change | None, kind: np.dtype
+    weight: np.ndarray, plan: _Planned, start: int, change: Change | None, kind: np.dtype
 ) -> np.ndarray:
-    weight = read(plan.source, rows, None)
     if change is None:
         return weight
-    merged = change.rows(weight, int(rows[0]))
+    merged = change.rows(weight, start)
     with np.errstate(over="ignore"):
         cast = merged.astype(kind)
     if not np.isfinite(cast).all():
@@ -224,8 +231,8 @@ def _write_index(folder: Path, shards: Sequence[Sequence[_Planned]]) -> None:
     write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
 
 
-def _copy_files(model: Path, folder: Path, dtype: str, untied: bool) -> None:
-    """Everything of the base's folder that is no weight; its type and tying in config.json renewed."""
+def _copy_files(model: Path, folder: Path, dtype: str, untied: bool, vocab: int | None) -> None:
+    """Everything of the base's folder that is no weight; type, tying and a new vocabulary in config.json."""
     for file in sorted(model.iterdir()):
         if file.is_dir() and file.name in _FOLDERS:
             shutil.copytree(file, folder / file.name, copy_function=shutil.copyfile)
@@ -236,9 +243,10 @@ def _copy_files(model: Path, folder: Path, dtype: str, untied: bool) -> None:
     if dtype != "auto":
         changed.pop("dtype", None)  # transformers 5 writes it, 4 reads only the older key
         changed["torch_dtype"] = dtype
-    if untied:
-        changed["tie_word_embeddings"] = False
-        if isinstance(text := changed.get("text_config"), dict):
-            changed["text_config"] = text | {"tie_word_embeddings": False}
+    news: dict[str, object] = {"tie_word_embeddings": False} if untied else {}
+    news |= {"vocab_size": vocab} if vocab is not None else {}
+    changed |= news
+    if news and isinstance(text := changed.get("text_config"), dict):
+        changed["text_config"] = text | news
     if changed != config:
         write_json(folder / "config.json", changed)

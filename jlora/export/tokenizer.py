@@ -14,7 +14,11 @@ TEMPLATE, TOKENIZER, TOKENIZER_CONFIG = (
     "tokenizer.json",
     "tokenizer_config.json",
 )
-FILES = (TOKENIZER, TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json")
+GENERATION = "generation_config.json"
+FILES = (
+    *(TOKENIZER, TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json"),
+    GENERATION,
+)
 MAX_TOKENIZER = 256 << 20
 
 
@@ -49,10 +53,37 @@ def _added(path: Path) -> dict[str, int]:
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
-    """Replaces the tokenizer's files, but not the template, by those of `source`."""
+    """Replaces the tokenizer's files, but not the template, by those of `source`, and what says which
+    tokens end a text."""
+    before = _end_token(folder)
     for name in FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
+    after = _end_token(folder)
+    if after != before and not (source / GENERATION).is_file() and (folder / TOKENIZER).is_file():
+        _end_texts_with(folder, _added(folder / TOKENIZER).get(after or ""))
+
+
+def _end_token(folder: Path) -> str | None:
+    """What the tokenizer's config says ends a text."""
+    path = folder / TOKENIZER_CONFIG
+    data = parse_json(read_small(path, MAX_TOKENIZER), str(path)) if path.is_file() else {}
+    token = data.get("eos_token") if isinstance(data, dict) else None
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _end_texts_with(folder: Path, token: int | None) -> None:
+    """A new end token beside those that generation_config.json, or config.json, has."""
+    path = next(
+        (folder / name for name in (GENERATION, "config.json") if (folder / name).is_file()), None
+    )
+    if token is None or path is None:
+        return
+    data = json.loads(path.read_text(encoding="utf-8"))
+    old = data.get("eos_token_id")
+    ends = old if isinstance(old, list) else [] if old is None else [old]
+    if token not in ends:
+        write_json(path, {**data, "eos_token_id": [*ends, token]})
 
 
 def set_template(folder: Path, chat_template: str) -> None:

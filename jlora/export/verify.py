@@ -13,12 +13,14 @@ VERIFY_TOKENS = 48
 """Tokens of the random prompt."""
 
 
-def compare(base: str, adapter: str, result: str, rank: int, support: Level) -> tuple[float, float]:
+def compare(
+    base: str, adapter: str, result: str, rank: int, support: Level, extra_vocab: int = 0
+) -> tuple[float, float]:
     """(largest difference of log-probabilities between base + adapter and `result`, and between base
     + adapter and base)."""
     vocab = ModelConfig.from_folder(base).vocab
     prompt = np.random.default_rng(0).integers(0, vocab, VERIFY_TOKENS).tolist()
-    with _load(base, rank, support) as llm:
+    with _load(base, rank, support, extra_vocab) as llm:
         plain = score(llm, prompt, None)
         unmerged = score(llm, prompt, LoRARequest("adapter", 1, adapter))
     with _load(result, 1, "plain") as llm:
@@ -26,7 +28,7 @@ def compare(base: str, adapter: str, result: str, rank: int, support: Level) -> 
     return float(np.abs(merged - unmerged).max()), float(np.abs(unmerged - plain).max())
 
 
-def _load(model: str, rank: int, support: Level) -> LLM:
+def _load(model: str, rank: int, support: Level, extra_vocab: int = 0) -> LLM:
     """A float32 engine just large enough for the prompt and an adapter of `rank`."""
     return LLM.load(
         ModelOptions(
@@ -37,6 +39,7 @@ def _load(model: str, rank: int, support: Level) -> LLM:
             max_num_batched_tokens=64,
             max_loras=max(1, -(-rank // 64)),
             lora_support=support,
+            lora_extra_vocab_size=extra_vocab,
         )
     )
 

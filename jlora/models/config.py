@@ -44,6 +44,12 @@ ALL_GROUPS = GROUPS | VOCAB_GROUPS
 NORM_GROUPS = ("norms", "norm")
 """All norms of a layer, and the last one: what adapters may change there is vectors only."""
 
+ADDED = "added"
+"""The group that says which of `extra_vocab` tokens an adapter has."""
+
+VECTOR_GROUPS = (*NORM_GROUPS, ADDED)
+"""Groups whose pools hold vectors only."""
+
 NORMS: tuple[str, ...] = (
     "input_layernorm",
     "post_attention_layernorm",
@@ -144,6 +150,8 @@ class ModelConfig:
     """Sparse MLPs; None: all layers are dense."""
     fused: bool = False
     """The checkpoint holds the modules of `FUSED`."""
+    extra_vocab: int = 0
+    """Rows beyond `vocab` that adapters may fill with tokens of their own; no checkpoint has them."""
     multimodal: bool = False
     """The checkpoint holds more than the text part; the rest is not read."""
 
@@ -228,8 +236,14 @@ class ModelConfig:
         return table
 
     def parts(self, group: str) -> tuple[str, ...]:
-        """The projections of a group, or the norms of one of NORM_GROUPS."""
-        return {"norms": tuple(self.norms), "norm": ("norm",)}.get(group) or ALL_GROUPS[group]
+        """The projections of a group, or the vectors of one of VECTOR_GROUPS."""
+        vectors = {"norms": tuple(self.norms), "norm": ("norm",), ADDED: (ADDED,)}
+        return vectors.get(group) or ALL_GROUPS[group]
+
+    @property
+    def vocab_rows(self) -> int:
+        """Tokens of the base and of any adapter."""
+        return self.vocab + self.extra_vocab
 
     def norm_width(self, name: str) -> int | None:
         """Width of a norm by its checkpoint name, "norm" for the last one; None: no such norm."""

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from jlora import ops
 from jlora.batch import Batch
-from jlora.models.config import ModelConfig, RopeConfig, rope_frequencies
+from jlora.models.config import ADDED, ModelConfig, RopeConfig, rope_frequencies
 from jlora.models.experts import Experts
 from jlora.ops import KV
 from jlora.quant import Dense, matmul
@@ -31,7 +31,7 @@ from kernels_pallas.lora_matmul import (
 
 Pools = list[dict[str, RankPool]]
 """Rank pools by layer and projection group, and "norms" if adapters may change them; then, likewise,
-by VOCAB_GROUPS and "norm"."""
+by VOCAB_GROUPS, "norm" and ADDED."""
 
 Adapters = Pools | list[dict[str, ActivePages]]
 """What a step takes: the pools, or copies of the active pages."""
@@ -253,7 +253,8 @@ def logits(
     pools: Adapters | None = None,
     segments: Segments | None = None,
 ) -> Float[Array, "B V"]:
-    """Scores over the whole vocabulary, float32, on every device; padding entries are cut off.
+    """Scores over the whole vocabulary, float32, on every device; padding entries are cut off, and
+    tokens that another adapter added score -inf.
 
     `segments` tells which adapter each of the B rows uses.
     """
@@ -268,7 +269,15 @@ def logits(
         local = lora_epilogue(local, own, segments)
     if model.tp > 1:
         local = jax.lax.all_gather(local, AXIS, axis=1, tiled=True)
-    return ops.softcap(local[:, : model.cfg.vocab], model.cfg.logits_softcap)
+    cfg = model.cfg
+    scores = ops.softcap(local[:, : cfg.vocab_rows], cfg.logits_softcap)
+    if not cfg.extra_vocab:
+        return scores
+    has = jnp.zeros((), bool)
+    if (added := _ends(cfg, pools).get(ADDED)) is not None and segments is not None:
+        has = lora_vectors(added, segments) > 0
+    own = jnp.where(has, scores[:, cfg.vocab :], -jnp.inf)
+    return jnp.concatenate([scores[:, : cfg.vocab], own], axis=1)
 
 
 def _ends(cfg: ModelConfig, pools: Adapters | None) -> dict[str, RankPool] | dict[str, ActivePages]:

@@ -26,6 +26,7 @@ from jlora.server.protocol import (
 from jlora.server.replies import ChatReply, CompletionReply, usage_of
 from jlora.server.service import DONE, EventStream, Service, attend, event, read, read_body
 from jlora.stream import Delta, Stream
+from jlora.tokenizer import Tokenizer
 
 Reply = CompletionReply | ChatReply
 
@@ -42,8 +43,9 @@ async def completions(request: Request) -> Response:
     special = True if body.add_special_tokens is None else body.add_special_tokens
     texts = [prompt if isinstance(prompt, str) else None for prompt in prompts]
 
+    tokenizer = service.llm.tokenizer_of(entry)
+
     def encode() -> list[list[int]]:
-        tokenizer = service.llm.tokenizer
         return [
             tokenizer.encode(p, add_special_tokens=special) if isinstance(p, str) else list(p)
             for p in prompts
@@ -53,7 +55,7 @@ async def completions(request: Request) -> Response:
     reply = CompletionReply(
         body=body,
         model=body.model or service.llm.names[0],
-        tokenizer=service.llm.tokenizer,
+        tokenizer=tokenizer,
         texts=texts,
     )
     return await answer(request, service.stream(ids, params, entry), reply)
@@ -66,7 +68,9 @@ async def chat(request: Request) -> Response:
     entry = await service.find(body.model, body.lora_path)
     ids = await asyncio.to_thread(encode_chat, service, body, entry, bool(body.add_special_tokens))
     reply = ChatReply(
-        body=body, model=body.model or service.llm.names[0], tokenizer=service.llm.tokenizer
+        body=body,
+        model=body.model or service.llm.names[0],
+        tokenizer=service.llm.tokenizer_of(entry),
     )
     return await answer(request, service.stream([ids], params, entry), reply)
 
@@ -80,12 +84,13 @@ def encode_chat(
         raise ParameterError(
             f"chat_template_kwargs must not set {sorted(taken)[0]!r}", "chat_template_kwargs"
         )
-    text = service.llm.tokenizer.render_chat(
+    tokenizer = service.llm.tokenizer_of(entry)
+    text = tokenizer.render_chat(
         [message.flat() for message in body.messages],
         template=template_of(entry),
         **render_options(body),
     )
-    return service.llm.tokenizer.encode(text, add_special_tokens=special)
+    return tokenizer.encode(text, add_special_tokens=special)
 
 
 async def answer(request: Request, stream: Stream, reply: Reply) -> Response:
@@ -203,19 +208,20 @@ async def tokenize(request: Request) -> Response:
     service = service_of(request)
     data = await read_body(request, service.options.max_body_bytes)
 
-    def encode() -> tuple[Body, list[int]]:
+    def encode() -> tuple[Body, list[int], Tokenizer]:
         if _is_chat(data):
             body = parse_body(TokenizeChatBody, data)
             entry = service.resolve(body.model)
-            return body, encode_chat(service, body, entry, body.add_special_tokens)
+            ids = encode_chat(service, body, entry, body.add_special_tokens)
+            return body, ids, service.llm.tokenizer_of(entry)
         text = parse_body(TokenizeBody, data)
-        service.resolve(text.model)
-        special = text.add_special_tokens
-        return text, service.llm.tokenizer.encode(text.prompt, add_special_tokens=special)
+        tokenizer = service.llm.tokenizer_of(service.resolve(text.model))
+        ids = tokenizer.encode(text.prompt, add_special_tokens=text.add_special_tokens)
+        return text, ids, tokenizer
 
-    body, ids = await asyncio.to_thread(encode)
+    body, ids, tokenizer = await asyncio.to_thread(encode)
     wanted = getattr(body, "return_token_strs", False)
-    names = [service.llm.tokenizer.token_text(i) for i in ids] if wanted else None
+    names = [tokenizer.token_text(i) for i in ids] if wanted else None
     return Json(
         {
             "count": len(ids),
@@ -229,11 +235,10 @@ async def tokenize(request: Request) -> Response:
 async def detokenize(request: Request) -> Response:
     service = service_of(request)
     body = await read(request, DetokenizeBody)
-    await service.find(body.model)
+    entry = await service.find(body.model)
+    vocab = service.llm.vocab_of(entry)
     for token in body.tokens:
-        if not 0 <= token < service.llm.parts.vocab:
-            raise ParameterError(
-                f"token id {token} is outside the vocabulary of {service.llm.parts.vocab}", "tokens"
-            )
-    text = service.llm.tokenizer.decode(body.tokens, skip_special_tokens=False)
+        if not 0 <= token < vocab:
+            raise ParameterError(f"token id {token} is outside the vocabulary of {vocab}", "tokens")
+    text = service.llm.tokenizer_of(entry).decode(body.tokens, skip_special_tokens=False)
     return Json({"prompt": text})

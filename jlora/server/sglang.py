@@ -45,7 +45,7 @@ async def generate(request: Request) -> Response:
         if not body.stream:
             for stream in streams:
                 await attend(request.receive, service.finish(stream))
-            replies = [reply(service, body, c, s) for s in streams for c in s.choices]
+            replies = [reply(body, c, s) for s in streams for c in s.choices]
             return Json(replies if many or len(replies) > 1 else replies[0])
         if len(streams) > 1:
             raise ParameterError("a batch of prompts cannot be streamed; send one each", "stream")
@@ -71,7 +71,9 @@ def parts_of(service: Service, body: SGLangBody) -> tuple[list[Part], bool]:
     if body.text is not None:
         many = isinstance(body.text, list)
         texts = body.text if isinstance(body.text, list) else [body.text]
-        prompts = [service.llm.tokenizer.encode(text) for text in texts]
+        names = _each(body.lora_path, len(texts), "lora_path")
+        own = [service.llm.tokenizer_of(service.resolve(name)) for name in names]
+        prompts = [tokenizer.encode(text) for tokenizer, text in zip(own, texts, strict=True)]
     else:
         ids: list[Any] = list(body.input_ids or ())
         many = bool(ids) and isinstance(ids[0], list)
@@ -103,7 +105,7 @@ def _each(value: Any, count: int, name: str) -> list[Any]:
     return value
 
 
-def reply(service: Service, body: SGLangBody, choice: Choice, stream: Stream) -> dict[str, Any]:
+def reply(body: SGLangBody, choice: Choice, stream: Stream) -> dict[str, Any]:
     """SGLang's answer about one choice, as far as it has come."""
     matched: dict[str, Any] | None = None
     if choice.finish_reason == "length":
@@ -121,15 +123,15 @@ def reply(service: Service, body: SGLangBody, choice: Choice, stream: Stream) ->
         "e2e_latency": time.monotonic() - stream.created,
     }
     if body.return_logprob:
-        meta |= _logprobs(service, body, choice)
+        meta |= _logprobs(body, choice)
     return {"text": choice.text, "output_ids": choice.token_ids, "meta_info": meta}
 
 
-def _logprobs(service: Service, body: SGLangBody, choice: Choice) -> dict[str, Any]:
+def _logprobs(body: SGLangBody, choice: Choice) -> dict[str, Any]:
     """Triples of logprob, token id and (if wanted) text."""
 
     def triple(token: int, value: float | None) -> list[Any]:
-        text = service.llm.tokenizer.token_text(token) if body.return_text_in_logprobs else None
+        text = choice.tokenizer.token_text(token) if body.return_text_in_logprobs else None
         return [None if value is None else shown(value), token, text]
 
     def top(score: TokenLogprobs | None) -> list[Any] | None:
@@ -163,7 +165,7 @@ async def _chunks(
     def events(deltas: list[Delta]) -> bytes:
         lines = []
         for index in dict.fromkeys(delta.index for delta in deltas):
-            value = reply(service, body, stream.choices[index], stream)
+            value = reply(body, stream.choices[index], stream)
             lines.append(event(value | {"index": index}))
         return b"".join(lines)
 

@@ -23,6 +23,9 @@ class Fake:
     chat_template: str | None = None
     bound: int = 2
     scalings: tuple[float, ...] = (2.0,)
+    added_tokens: int = 0
+    tokenizer: Any | None = None
+    eos_ids: tuple[int, ...] = ()
 
 
 def staged(adapter: Any) -> Fake:

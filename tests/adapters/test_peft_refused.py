@@ -128,11 +128,11 @@ REFUSED_TENSORS: dict[str, tuple[Edit, str]] = {
     "bias of a norm": (put("base_model.model.model.norm.bias"), "a norm can only be saved whole"),
     "bias of another module": (put("model.layers.0.mlp.up_proj.bias"), "trained bias"),
     "norm that nobody saved": (put("base_model.model.model.norm.weight"), "modules_to_save does not name"),
-    "modules_to_save": (put("base_model.model.lm_head.weight"), "modules_to_save does not name"),
+    "head of another size": (put("base_model.model.lm_head.weight"), "is [4, 64], expected [320, 64]"),
     "classifier": (put("base_model.model.score.modules_to_save.weight"), "none of the modules"),
     "weight of a layer": (put(f"{KEY}.base_layer.weight"), "weight of the base itself"),
     "embedding": (put("base_model.model.model.embed_tokens.lora_embedding_A"), "embed_tokens has lora_A but no lora_B"),
-    "embedding copy": (put("base_model.model.model.embed_tokens.base_layer.weight"), "adapters that add tokens"),
+    "embedding copy": (put("base_model.model.model.embed_tokens.base_layer.weight"), "is [4, 64], expected [320, 64]"),
     "lm_head": (put("base_model.model.lm_head.lora_A.weight"), "lm_head has lora_A but no lora_B"),
     "token delta": (
         put("base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"),

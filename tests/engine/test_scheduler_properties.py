@@ -173,5 +173,5 @@ def staged(name: Any) -> Any:
     """What the pool would stage for the adapter in folder `name`."""
     return SimpleNamespace(
         uid=f"uid-{name}", base_model=None, rank=RANKS[name], modules=("q_proj",), bound=1, scalings=(1.0,),
-        chat_template=None, nbytes=100, pages=-(-RANKS[name] // 16),
+        chat_template=None, nbytes=100, pages=-(-RANKS[name] // 16), added_tokens=0, tokenizer=None, eos_ids=(),
     )  # fmt: skip

@@ -7,12 +7,15 @@ import pytest
 from safetensors.numpy import load_file
 
 from jlora import merge
+from jlora.models.config import ModelConfig
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
+from tests.models.test_added_tokens import ADDED, FORMS, expected, make_added  # noqa: E402
 from tests.models.test_decoder_kinds import KINDS, make_adapter, reference  # noqa: E402
+from tests.server.test_added_tokens import give_tokenizer  # noqa: E402
 
 
 def run(model, adapters, out, *flags):
@@ -111,7 +114,7 @@ def test_verify_serves_the_adapters_own_folder_with_the_support_that_it_needs(
     asked = []
     monkeypatch.setattr(merge, "compare", lambda *args: asked.append(args) or (0.0, 1.0))
     out = run(model, [folder], tmp_path / "out", "--verify")
-    assert asked == [(str(model), str(folder), str(out), 4, "full")]
+    assert asked == [(str(model), str(folder), str(out), 4, "full", 0)]
 
 
 def test_tokens_that_an_adapter_added_come_with_its_tokenizer(tiny_model, tmp_path, capsys):
@@ -135,3 +138,49 @@ def test_tokens_that_an_adapter_added_come_with_its_tokenizer(tiny_model, tmp_pa
     (adapter / "tokenizer.json").write_text(json.dumps(data, indent=7))  # other words, same tokens
     out = run(model, [adapter], tmp_path / "same")
     assert (out / "tokenizer.json").read_bytes() == (model / "tokenizer.json").read_bytes()
+
+
+@pytest.mark.parametrize("form", sorted(FORMS))
+@pytest.mark.parametrize("family", ["llama_bias", "llama_odd"], ids=["untied", "tied"])
+def test_a_resized_vocabulary_is_merged_with_its_tokenizer(tiny_model, tmp_path, family, form):
+    model = tiny_model(family)
+    vocab = json.loads((model / "config.json").read_text())["vocab_size"]
+    adapter = make_added(model, tmp_path / "a", form)
+    give_tokenizer(model, adapter, vocab, eos="<|done|>")
+    tokens = [5, vocab, 9, vocab + 2, 11, 7, vocab + 1, 8]
+    want = expected(model, adapter, tokens)
+    out = run(model, [adapter], tmp_path / "out")
+    merged = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    assert merged.config.vocab_size == vocab + ADDED == len(merged.get_input_embeddings().weight)
+    with torch.no_grad():
+        got = merged(torch.tensor([tokens])).logits[0].numpy()
+    size = max(1.0, np.abs(want).max() / 10)
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-3 * size)
+    assert np.abs(want[:, vocab:]).max() > 0.5
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+    assert tokenizer.encode("<|tool|>", add_special_tokens=False) == [vocab]
+    assert tokenizer.eos_token == "<|done|>"
+    assert vocab + 2 in ModelConfig.from_folder(out).eos_ids
+
+
+def test_an_adapter_with_tokens_joins_none_with_others_and_no_plain_adapter(
+    tiny_model, tmp_path, capsys
+):
+    model = tiny_model("llama_bias")
+    folders = [make_added(model, tmp_path / form, form) for form in ("saved", "pairs")]
+    assert "add tokens of their own" in refused(capsys, model, folders, tmp_path / "out")
+    argv = ["--model", str(model), "--adapters", str(folders[0])]
+    with pytest.raises(SystemExit):
+        merge.main([*argv, "--output-adapter", str(tmp_path / "one")])
+    assert "adds 3 tokens: it cannot be joined to a plain adapter" in capsys.readouterr().err
+    # beside one without: the other's rows of new tokens are zeros
+    plain = make_adapter(model, tmp_path / "plain", "embedding_head_linear")
+    out = run(model, [folders[0], plain], tmp_path / "both", "--weights", "1", "0.5")
+    assert len(load_file(out / "model.safetensors")["lm_head.weight"]) == 320 + ADDED
+
+
+def test_verify_knows_the_new_tokens(tiny_model, tmp_path, capsys):
+    model = tiny_model("llama_bias")
+    adapter = make_added(model, tmp_path / "a", "saved")
+    run(model, [adapter], tmp_path / "out", "--verify")
+    assert "verified: log-probabilities differ" in capsys.readouterr().out

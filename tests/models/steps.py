@@ -3,6 +3,7 @@
 A stand-in for the engine without scheduler or sampler; gives the logits of every token.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +58,12 @@ class Steps:
         copy_head: bool = True,
     ):
         cfg = ModelConfig.from_folder(folder).for_context(max_len)
-        layout, mesh = Layout(cfg, tp), make_mesh(tp)
+        mesh = make_mesh(tp)
+        base = BaseWeights(folder, cfg)
+        layouts = [read_adapter(path, cfg, base) for path in adapters]
+        extra = max((a.added_tokens for a in layouts), default=0)
+        cfg = dataclasses.replace(cfg, extra_vocab=extra)
+        layout = Layout(cfg, tp)
         self.vocab, self.page = cfg.vocab, page
         model = load_weights(folder, layout, mesh, dtype, copy_head=copy_head)
         graph, state = nnx.split(model)
@@ -70,8 +76,6 @@ class Steps:
         pool_specs = P()
         if adapters:
             staged = []
-            base = BaseWeights(folder, cfg)
-            layouts = [read_adapter(path, cfg, base) for path in adapters]
             count = 1 + sum(-(-max(a.rank, 1) // PAGE) for a in layouts)
             support = LEVELS["plain"].union(*(a.support for a in layouts))
             pages = RankPages(cfg, layout, mesh, count, dtype, support=support)

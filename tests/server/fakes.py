@@ -36,6 +36,9 @@ class FakeStaged:
     pages: int = 1
     bound: int = 4
     scalings: tuple[float, ...] = (2.0,)
+    added_tokens: int = 0
+    tokenizer: Any | None = None
+    eos_ids: tuple[int, ...] = ()
 
 
 def fake_read(path: str) -> FakeStaged:
@@ -104,7 +107,9 @@ class FakeEngine:
     def go_on(self) -> None:
         self.time.set()
 
-    def check(self, prompt: Sequence[int], params: SamplingParams) -> None:
+    def check(
+        self, prompt: Sequence[int], params: SamplingParams, adapter: Any | None = None
+    ) -> None:
         EngineConfig(max_model_len=self.max_model_len).check_request(len(prompt), params)
         check_tokens(self.tokenizer.vocab_size, prompt, params)
 

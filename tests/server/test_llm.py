@@ -121,14 +121,14 @@ def test_a_bad_prompt_in_a_batch_runs_none_of_it(llm: LLM):
 
 
 def test_what_a_request_may_be_is_the_engines_rule_alone(llm: LLM, monkeypatch: pytest.MonkeyPatch):
-    def no(prompt: list[int], params: SamplingParams) -> None:
+    def no(prompt: list[int], params: SamplingParams, adapter: object) -> None:
         raise ParameterError("not today", "prompt")
 
     llm.check([5], LONG)
     monkeypatch.setattr(llm.engine, "check", no)
     with pytest.raises(ParameterError, match="not today"):
         llm.check([5], LONG)
-    monkeypatch.setattr(llm.engine, "check", lambda prompt, params: None)
+    monkeypatch.setattr(llm.engine, "check", lambda prompt, params, adapter: None)
     llm.check([10**9], LONG)
 
 
