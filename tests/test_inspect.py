@@ -125,6 +125,35 @@ def test_dora_is_measured_as_peft_merges_it(model, tmp_path, capsys):
     np.testing.assert_allclose([*query["shares"], *embed["shares"]], shares, rtol=1e-4)
 
 
+def test_trained_norms_and_added_tokens_are_told(model, tmp_path, capsys):
+    torch = pytest.importorskip("torch")
+    peft = pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    base = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    old = [layer.input_layernorm.weight.detach().clone() for layer in base.model.layers]
+    base.resize_token_embeddings(base.config.vocab_size + 2, mean_resizing=False)
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["input_layernorm"])
+    wrapped = peft.get_peft_model(base, config)
+    new = [layer.input_layernorm.weight for layer in wrapped.base_model.model.model.layers]
+    with torch.no_grad():
+        for tensor in new:
+            tensor.add_(torch.randn_like(tensor))
+    wrapped.save_pretrained(tmp_path / "a")
+    told = report(capsys, tmp_path / "a", "--model", model)
+    assert told["added_tokens"] == 2
+    rows = {row["name"]: row for row in told["projections"]}
+    assert sorted(rows) == ["embed_tokens", "input_layernorm", "lm_head", "q_proj"]
+    assert [rows[name]["ranks"] for name in ("embed_tokens", "lm_head")] == [[2], [2]]
+    norm = rows["input_layernorm"]
+    moved = [torch.linalg.norm(a - b).item() for a, b in zip(new, old, strict=True)]
+    np.testing.assert_allclose(norm["norms"], moved, rtol=1e-5)
+    whole = [torch.linalg.norm(b).item() for b in old]
+    np.testing.assert_allclose(norm["shares"], np.divide(moved, whole), rtol=1e-5)
+    assert (norm["parameters"], norm["biases"], norm["ranks"]) == (2 * 64, 0, [])
+    assert inspect.main([str(tmp_path / "a"), "--model", str(model)]) == 0
+    assert "adds 2 tokens" in capsys.readouterr().out
+
+
 def test_without_a_base_the_norms_are_told_and_that_nothing_was_checked(model, tmp_path, capsys):
     folder = make_adapter(model, tmp_path / "a", r=4, alpha_pattern={"up_proj": 2.5})
     bound = report(capsys, folder)
