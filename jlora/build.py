@@ -45,6 +45,9 @@ CPU_KV_BYTES = 1 << 30
 LORA_RANK = 64
 """The default adapter budget holds max_loras adapters of this rank."""
 
+EXPERTS_RANK = 16
+"""The same where pages hold the ranks of every expert: they are as many times larger."""
+
 
 @dataclass(frozen=True)
 class _Platform:
@@ -243,7 +246,8 @@ def _lora_pages(
         return pages
     budget = parse_bytes(options.lora_memory, "lora_memory")
     if budget is None:
-        return options.max_loras * LORA_RANK // rows
+        rank = EXPERTS_RANK if "experts" in support else LORA_RANK
+        return options.max_loras * -(-rank // rows)
     each = page_bytes(layout, dtype, rows, support)
     if budget < each:
         raise ParameterError(

@@ -19,7 +19,7 @@ from jlora.adapters.store import AdapterStore
 from jlora.engine.engine import Engine
 from jlora.engine.programs import Programs
 from jlora.errors import AdapterError, ConflictError
-from jlora.models.config import ADDED, GROUPS, NORM_GROUPS
+from jlora.models.config import ADDED, NORM_GROUPS, STACKED_GROUPS
 from jlora.sharding import Layout
 
 Path = tuple[str | int, ...]
@@ -124,6 +124,8 @@ class _Change:
     def __init__(self) -> None:
         self.pieces: list[tuple[np.ndarray, np.ndarray, slice]] = []
         """(A [r, K], B [r, columns], columns)."""
+        self.rows: list[tuple[np.ndarray, np.ndarray, slice]] = []
+        """(A [r, K], B [r, rows], rows) of a weight that is stored [out, in]."""
         self.scale: np.ndarray | None = None
         self.offset: np.ndarray | None = None
 
@@ -131,6 +133,8 @@ class _Change:
         """The new values; `weight` is changed in place."""
         for a, b, columns in self.pieces:
             weight[:, columns] += a.T @ b
+        for a, b, rows in self.rows:
+            weight[rows] += b.T @ a
         if self.scale is not None:
             weight *= self.scale
         return weight if self.offset is None else weight + self.offset
@@ -148,6 +152,9 @@ def _changes(
             if group in NORM_GROUPS:
                 yield from _norms(staged, layout, group, index)
                 continue
+            if group in STACKED_GROUPS:
+                yield from _experts(staged, layout, group, index, pages.page_rows)
+                continue
             change, runs, at = _Change(), [], 0
             for projection, source in layout.output_index(group):
                 runs.append((parts.index(projection), slice(at, at + len(source))))
@@ -158,7 +165,7 @@ def _changes(
             scale, offset = _vector(own.scale, index), _vector(own.offset, index)
             if scale is not None and (scale != 1).any():
                 change.scale = scale
-            layer = index if group in GROUPS else NO_LAYER
+            layer = index if in_layers(group) else NO_LAYER
             if change.pieces or change.scale is not None:
                 yield _path(layer, group, "kernel"), change
             if offset is not None and offset.any():
@@ -182,6 +189,34 @@ def _norms(
             yield ("norm",) if norm else ("layers", index, layout.cfg.norms[name][0]), change
 
 
+def _experts(
+    staged: StagedAdapter, layout: Layout, group: str, index: int, page_rows: int
+) -> Iterator[tuple[Path, _Change]]:
+    """One of the two stacked weights of a layer's experts: [out, in] of each expert below each other,
+    device by device where the outputs are sharded."""
+    change, runs = _Change(), layout.output_index(group)
+    parts, count = len(layout.cfg.parts(group)), layout.cfg.pairs_of(group)
+    width = sum(len(source) for _, source in runs[:parts])  # an expert's outputs on a device
+    for page in staged.host_pages:
+        a, b = np.asarray(page[group].a)[index], np.asarray(page[group].b)[index]
+        if not (a.any() and b.any()):
+            continue
+        for expert in range(count):
+            own, at = slice(expert * page_rows, (expert + 1) * page_rows), 0
+            for run, (_, source) in enumerate(runs):
+                device, part = divmod(run, parts)
+                columns, at = slice(at, at + len(source)), at + len(source)
+                first = (expert * parts + part) * page_rows
+                start = columns.start + (device * (count - 1) + expert) * width
+                piece_a, piece_b = a[first : first + page_rows], b[own, columns]
+                if piece_a.any() and piece_b.any():
+                    rows = slice(start, start + len(source))
+                    values = piece_a.astype(np.float32), piece_b.astype(np.float32)
+                    change.rows.append((*values, rows))
+    if change.rows:
+        yield ("layers", index, "experts", group.removeprefix("expert_")), change
+
+
 def _pieces(
     page: HostPage, group: str, index: int, rows: int, runs: list[tuple[int, slice]]
 ) -> Iterator[tuple[np.ndarray, np.ndarray, slice]]:
@@ -201,6 +236,8 @@ def _path(layer: int, group: str, what: str) -> Path:
         return ("embed",) if what == "kernel" else ("embed", what)
     if group == "head":
         return "head", what
+    if group == "router":
+        return "layers", layer, "experts", "router"
     return ("layers", layer, group, *(("weight", what) if what == "kernel" else (what,)))
 
 

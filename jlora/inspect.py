@@ -117,6 +117,8 @@ def inspect(options: InspectOptions) -> Report:
     )
     if cfg is not None:
         facts = replace(facts, tied=cfg.tied, vocab=cfg.vocab)
+    if adapter is not None:
+        facts = replace(facts, rank=adapter.rank)
     return Report(
         adapter=options.adapter,
         model=model,
@@ -150,7 +152,10 @@ def _raw(folder: Path) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
 
 
 def _is_a(name: str, info: TensorInfo) -> bool:
-    return ".lora_A" in name or ".lora_embedding_A" in name if len(info.shape) == 2 else False
+    """A of one pair: the rows of a stack of experts are more than a rank."""
+    stacked = ".experts.lora_A" in name or ".experts.base_layer.lora_A" in name
+    first = ".lora_A" in name or ".lora_embedding_A" in name
+    return first and not stacked and len(info.shape) == 2
 
 
 def _judged(
@@ -188,7 +193,7 @@ def show(report: Report) -> None:
     if report.projections:
         console.print(norms_table(report.projections))
     facts = [
-        f"{sum(row.layers for row in report.projections)} modules bound"
+        f"{sum(row.modules for row in report.projections)} modules bound"
         if report.uid
         else "not bound to a base",
         f"{report.parameters:,} parameters ({', '.join(report.dtypes)})",

@@ -12,7 +12,15 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from jlora.adapters.adapter import LEVELS, Adapter, Level, level_of, widened
+from jlora.adapters.adapter import (
+    LEVELS,
+    Adapter,
+    Level,
+    level_of,
+    shown_module,
+    support_of,
+    widened,
+)
 from jlora.adapters.peft import read_adapter
 from jlora.cli import fail, parse
 from jlora.console import ProgressBars, setup_logging
@@ -28,7 +36,7 @@ from jlora.export.svd import Pair
 from jlora.export.tokenizer import adds_tokens, tuned_template
 from jlora.export.verify import compare
 from jlora.models.base import BaseWeights
-from jlora.models.config import MODULES
+from jlora.models.config import MODULES, ExpertsConfig
 from jlora.options import parse_bytes
 
 PROG = "jlora.merge"
@@ -52,6 +60,8 @@ class Joined:
     """The base's name for an adapter_config.json."""
     added_tokens: int
     """Rows that the result has beyond the base's vocabulary."""
+    experts: ExpertsConfig | None
+    """The base's."""
 
     @property
     def pairs(self) -> dict[Place, Callable[[], Pair]]:
@@ -140,6 +150,7 @@ def join(options: MergeOptions) -> Joined:
         tokenizer=own[0] if own else None,
         base=named or options.model,
         added_tokens=added,
+        experts=cfg.experts,
     )
 
 
@@ -174,6 +185,7 @@ def merge(options: MergeOptions, joined: Joined, progress: ProgressBars) -> None
             joined.base,
             dtype=options.dtype,
             chat_template=joined.chat_template,
+            experts=joined.experts,
             progress=lambda done, total: progress("joining modules", done, total),
         )
     if options.output:
@@ -210,11 +222,14 @@ def run_extract(options: MergeOptions) -> None:
             base,
             dtype=options.dtype,
             chat_template=tuned_template(Path(base), Path(tuned)),
+            experts=found.cfg.experts,
         )
     report(found)
     print(f"adapter: {output} (rank {max(pair.rank for pair in found.pairs.values())})")
     if options.verify:
-        difference, effect = compare(base, str(output), tuned, rank, "plain")
+        difference, effect = compare(
+            base, str(output), tuned, rank, level_of(support_of(found.pairs, ()))
+        )
         print(
             f"verified: with the adapter, log-probabilities differ from the tuned model's by "
             f"{difference:.2g} at most; the adapter moves the base's by up to {effect:.2g}"
@@ -227,10 +242,14 @@ def _ready(pair: Pair) -> Callable[[], Pair]:
 
 def report(found: Extracted) -> None:
     """The relative error of each module, layers down and projections across; then the warnings."""
-    names = [name for name in MODULES if any(name == place[1] for place in found.errors)]
+    errors: dict[tuple[int, str], float] = {}
+    for (layer, module), error in found.errors.items():  # of experts the largest
+        shown_place = layer, shown_module(module)
+        errors[shown_place] = max(error, errors.get(shown_place, 0.0))
+    names = sorted({name for _, name in errors}, key=lambda name: (_order(name), name))
     table = Table("layer", *names, title="relative error of each module's difference")
-    for layer in sorted({layer for layer, _ in found.errors}):
-        shown = (found.errors.get((layer, name)) for name in names)
+    for layer in sorted({layer for layer, _ in errors}):
+        shown = (errors.get((layer, name)) for name in names)
         table.add_row(str(layer), *("-" if e is None else f"{e:.2%}" for e in shown))
     Console().print(table)
     if found.others:
@@ -240,6 +259,10 @@ def report(found: Extracted) -> None:
         note(f"{len(most)} tensors differ that LoRA cannot hold, and are left out: {listed}{more}")
     if found.settings:
         note(f"config.json differs in {', '.join(found.settings)}: no adapter can hold that")
+
+
+def _order(name: str) -> int:
+    return MODULES.index(name) if name in MODULES else len(MODULES)
 
 
 def verify(options: MergeOptions, joined: Joined | None = None) -> tuple[float, float]:
@@ -252,7 +275,7 @@ def verify(options: MergeOptions, joined: Joined | None = None) -> tuple[float, 
         return compare(options.model, alone.path, options.output, alone.rank, joined.support, extra)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "adapter"
-        rank = write_adapter(path, joined.pairs, joined.base)
+        rank = write_adapter(path, joined.pairs, joined.base, experts=joined.experts)
         return compare(options.model, str(path), options.output, rank, joined.support)
 
 

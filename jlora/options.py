@@ -120,13 +120,13 @@ class ModelOptions:
     """Adapters kept in host memory; others are read from disk when they are asked for. Default: all."""
 
     lora_memory: str | None = None
-    """Memory for adapters on each device, e.g. 512MiB, or 32pages (of 16 rank rows on a GPU, 8 on a CPU). Default: room for max_loras adapters of rank 64."""
+    """Memory for adapters on each device, e.g. 512MiB, or 32pages (of 16 rank rows on a GPU, 8 on a CPU). Default: room for max_loras adapters of rank 64, of rank 16 where they change experts."""
 
     merge: str | None = None
     """Serve this adapter of lora_modules merged into the weights, at no cost; nothing else is served until it is unmerged."""
 
-    lora_support: Literal["auto", "plain", "vectors", "norms", "full"] = "auto"
-    """What adapters may change: plain: the projections of layers; vectors: also by DoRA and biases; norms: also trained norms; full: embed_tokens and lm_head too. Every step with adapters pays for it. auto: exactly what lora_modules need."""
+    lora_support: Literal["auto", "plain", "vectors", "norms", "full", "experts"] = "auto"
+    """What adapters may change: plain: the projections of layers; vectors: also by DoRA and biases; norms: also trained norms; full: embed_tokens and lm_head too; experts: routers and experts too (pages then hold every expert's ranks). Every step with adapters pays for it. auto: exactly what lora_modules need."""
 
     lora_extra_vocab_size: int | None = None
     """Tokens that adapters may add to the vocabulary. Default: as many as lora_modules need."""

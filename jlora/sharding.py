@@ -17,7 +17,14 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jlora.errors import ParameterError
-from jlora.models.config import ADDED, ALL_GROUPS, NORM_GROUPS, VECTOR_GROUPS, ModelConfig
+from jlora.models.config import (
+    ADDED,
+    ALL_GROUPS,
+    EXPERT_GROUPS,
+    NORM_GROUPS,
+    VECTOR_GROUPS,
+    ModelConfig,
+)
 
 AXIS = "model"
 """Name of the only mesh axis: tensor parallelism."""
@@ -41,6 +48,9 @@ GROUP_AXES: dict[str, tuple[str, str]] = {
     "o": ("heads", "embed"),
     "gate_up": ("embed", "gate_up"),
     "down": ("mlp", "embed"),
+    "router": ("embed", "expert"),
+    "expert_gate_up": ("embed", "gate_up"),
+    "expert_down": ("mlp", "embed"),
     "embed": ("vocab", "embed"),
     "head": ("embed", "vocab"),
     "norms": ("norm", "norm"),
@@ -162,7 +172,16 @@ class Layout:
             "down_proj": embed,
             "embed_tokens": embed,
             "lm_head": self._adapters_vocab,
+            **self._sparse_index(embed),
         }
+
+    def _sparse_index(self, embed: np.ndarray) -> dict[str, np.ndarray]:
+        facts = self.cfg.experts
+        if facts is None:
+            return {}
+        ((router,), (gate, up), (down,)) = EXPERT_GROUPS.values()
+        units = self.expert_index
+        return {router: np.arange(facts.count), gate: units, up: units, down: embed}
 
     def input_index(self, group: str) -> np.ndarray | None:
         """Source column of each input column of a group; None: the checkpoint's own order."""
@@ -172,6 +191,7 @@ class Layout:
             "o": self._part_index["q_proj"],
             "down": self.mlp_index,
             "embed": self._adapters_vocab,
+            "expert_down": self.expert_index if self.cfg.experts is not None else None,
         }.get(group)
         if index is None:
             return None
@@ -202,7 +222,8 @@ class Layout:
         return tuple(len(self._part_index[part]) // devices for part in ALL_GROUPS[group])
 
     def group_shape(self, group: str) -> tuple[int, int]:
-        """(input, output) of a group's fused weight over all devices, padding included."""
+        """(input, output) of a group's fused weight over all devices, padding included; for experts,
+        of one of them."""
         index = self.input_index(group)
         width = self.cfg.shape(ALL_GROUPS[group][0])[0] if index is None else len(index)
         return width, sum(len(rows) for _, rows in self.output_index(group))

@@ -20,20 +20,22 @@ from jlora.models.config import ModelConfig
 NO_LAYER = -1
 """The layer of what is in none: embed_tokens, lm_head and the last norm."""
 
-Feature = Literal["vectors", "norms", "vocabulary"]
+Feature = Literal["vectors", "norms", "vocabulary", "experts"]
 """What adapters may hold beside pairs on the projections of layers. vectors: scales and offsets of
-their outputs (DoRA, biases). norms: trained norms. vocabulary: embed_tokens and lm_head."""
+their outputs (DoRA, biases). norms: trained norms. vocabulary: embed_tokens and lm_head. experts:
+pairs on routers and experts of sparse layers."""
 
 Support = frozenset[Feature]
 """What an engine is compiled for: every step with adapters pays for each."""
 
-Level = Literal["plain", "vectors", "norms", "full"]
+Level = Literal["plain", "vectors", "norms", "full", "experts"]
 
 LEVELS: dict[Level, Support] = {
     "plain": frozenset(),
     "vectors": frozenset({"vectors"}),
     "norms": frozenset({"vectors", "norms"}),
     "full": frozenset({"vectors", "norms", "vocabulary"}),
+    "experts": frozenset({"vectors", "norms", "vocabulary", "experts"}),
 }
 """What a user asks for, each with what comes before it."""
 
@@ -119,6 +121,8 @@ def support_of(touched: Iterable[tuple[int, str]], vectors: Iterable[str]) -> Su
     for layer, name in touched:
         if is_norm(name):
             features.add("norms")
+        elif "." in name:  # the name in full: a router's, or that of a linear of an expert
+            features.add("experts")
         elif layer == NO_LAYER:
             features.add("vocabulary")
     if any(not is_norm(name) for name in vectors):
@@ -129,6 +133,12 @@ def support_of(touched: Iterable[tuple[int, str]], vectors: Iterable[str]) -> Su
 def is_norm(module: str) -> bool:
     """Whether a module of a decoder is a norm, by the last word of its name."""
     return module.endswith("norm")
+
+
+def shown_module(module: str) -> str:
+    """A module's name without its block and the expert's number: "experts.w1", "gate", "q_proj"."""
+    words = module.split(".")
+    return ".".join(word for word in words[min(1, len(words) - 1) :] if not word.isdigit())
 
 
 def by_projection(adapter: Adapter, cfg: ModelConfig) -> Adapter:

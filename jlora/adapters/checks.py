@@ -5,6 +5,7 @@ them, because then one of the two is not what its author meant.
 """
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from jlora.adapters.keys import BLOCKS, VOCABULARY, Found, Kind, Place, shown_pl
 from jlora.adapters.lora_config import CONFIG_FILE, LoraConfig
 from jlora.adapters.tensors import TensorInfo
 from jlora.errors import AdapterError
-from jlora.models.config import ModelConfig
+from jlora.models.config import EXPERT_PARTS, PROJECTIONS, ModelConfig
 
 Modules = Mapping[Place, Found]
 
@@ -25,9 +26,16 @@ _FEATURES: tuple[tuple[Kind, str, str], ...] = (
 )
 
 
-def check_modules(modules: Modules, config: LoraConfig, cfg: ModelConfig, folder: Path) -> int:
+def check_modules(
+    modules: Modules,
+    config: LoraConfig,
+    cfg: ModelConfig,
+    folder: Path,
+    by_parameter: frozenset[Place] = frozenset(),
+) -> int:
     """Tokens that the adapter adds to the base's vocabulary. Raises AdapterError where config, tensors
-    and base model disagree."""
+    and base model disagree. target_parameters names the places `by_parameter`: target_modules
+    need not."""
     for place, found in modules.items():
         if "weight" in found.tensors and place[1] in VOCABULARY and not is_saved(place[1], config):
             if "copy" in found.tensors:
@@ -36,7 +44,7 @@ def check_modules(modules: Modules, config: LoraConfig, cfg: ModelConfig, folder
     _check_kinds(modules, config, cfg, folder)
     vocab = vocabulary(modules, config, cfg)
     _check_shapes(modules, config, replace(cfg, vocab=vocab), folder)
-    _check_targets(modules, config, cfg, folder)
+    _check_targets(modules, config, cfg, folder, by_parameter)
     _check_added(modules, config, cfg, vocab, folder)
     return vocab - cfg.vocab
 
@@ -90,6 +98,11 @@ def _check_kinds(modules: Modules, config: LoraConfig, cfg: ModelConfig, folder:
     on = {"magnitude": config.use_dora, "B.bias": config.lora_bias}
     for place, found in modules.items():
         has, where = found.tensors, f"{folder}: {shown_place(*place)}"
+        if "." in place[1] and (other := sorted(has.keys() - {"A", "B"})):
+            raise AdapterError(
+                f"{where} has {has[other[0]].name[:160]!r}: routers and experts take lora_A and lora_B "
+                "only (no DoRA, biases or full weights)"
+            )
         for kind, feature, field in _FEATURES:
             if kind in has and ("A" not in has or not on[kind]):
                 raise AdapterError(
@@ -210,15 +223,21 @@ def _check_pair(
         raise AdapterError(f"{where}: lora_alpha / r is not finite")
 
 
-def _check_targets(modules: Modules, config: LoraConfig, cfg: ModelConfig, folder: Path) -> None:
+def _check_targets(
+    modules: Modules,
+    config: LoraConfig,
+    cfg: ModelConfig,
+    folder: Path,
+    by_parameter: frozenset[Place],
+) -> None:
     """target_modules and layers_to_transform, where they are lists, must agree with the tensors."""
     if config.layers is not None and (high := max(config.layers)) >= cfg.layers:
         raise AdapterError(
             f"{folder}: layers_to_transform names layer {high}, {cfg.name!r} has layers 0 to "
             f"{cfg.layers - 1}"
         )
-    if config.targets is None:
-        return
+    if config.targets is None or (cfg.experts is not None and config.targets is PROJECTIONS):
+        return  # not a list, or "all-linear", which covered experts or not as versions went
     pairs = {place for place, found in modules.items() if "A" in found.tensors}
     expected: set[Place] = set()
     for target in config.targets:
@@ -228,7 +247,7 @@ def _check_targets(modules: Modules, config: LoraConfig, cfg: ModelConfig, folde
                 f"{folder}: target_modules lists {target[:120]!r}, which has no tensors"
             )
         expected |= places
-    if extra := sorted(pairs - expected):
+    if extra := sorted(pairs - expected - by_parameter):
         raise AdapterError(
             f"{folder}: {shown_place(*extra[0])} has tensors but target_modules and "
             f"layers_to_transform do not name it ({len(extra)} such modules)"
@@ -250,15 +269,51 @@ def _check_targets(modules: Modules, config: LoraConfig, cfg: ModelConfig, folde
 def _targeted(target: str, layers: frozenset[int] | None, cfg: ModelConfig) -> set[Place]:
     """Projections that an entry of target_modules names: a name, or a path that ends in one."""
     words = target.split(".")
+    places = _targeted_sparse(target, layers, cfg)
+    if places and len(words) > 1:
+        return places
     if words[-1] in VOCABULARY:
         return {(NO_LAYER, words[-1])}
     words[-1], _ = cfg.stored_in(words[-1])  # "all-linear" stands for projections
     if words[-1] not in BLOCKS or (len(words) > 1 and words[-2] != BLOCKS[words[-1]]):
-        return set()
+        return places
     if len(words) <= 2:
         every = layers or range(cfg.layers)
-        return {(layer, words[-1]) for layer in every if words[-1] in cfg.modules_of(layer)}
+        dense = {(layer, words[-1]) for layer in every if words[-1] in cfg.modules_of(layer)}
+        return places | dense
     layer = words[-3]
     if not (layer.isascii() and layer.isdigit()) or int(layer[:7]) >= cfg.layers:
         return set()
     return {(int(layer), words[-1])}  # peft: a full name counts in spite of layers_to_transform
+
+
+_SPARSE_TARGET = re.compile(
+    r"(?:(?:(?:.*\.)?layers\.(?P<layer>[0-9]{1,6})\.)?(?:mlp|block_sparse_moe)\.)?"
+    r"(?:gate|experts\.(?P<expert>[0-9]{1,6})\.(?P<part>[a-z0-9_]+))"
+    r"|(?P<any>[a-z0-9_]+)"
+)
+
+
+def _targeted_sparse(target: str, layers: frozenset[int] | None, cfg: ModelConfig) -> set[Place]:
+    """Routers and linears of experts that an entry of target_modules names."""
+    match, facts = _SPARSE_TARGET.fullmatch(target), cfg.experts
+    if match is None or facts is None:
+        return set()
+    part, expert = match["part"] or match["any"], match["expert"]
+    if part is None:
+        modules = [facts.router]
+    elif part not in facts.parts:
+        return set()
+    else:
+        ours = EXPERT_PARTS[facts.parts.index(part)]
+        experts = range(facts.count) if expert is None else [int(expert)]
+        modules = [facts.name_of(ours, number) for number in experts]
+    every = layers or range(cfg.layers)
+    if match["layer"] is not None:
+        every = [int(match["layer"])]
+    return {
+        (layer, module)
+        for layer in every
+        if layer < cfg.layers and cfg.is_sparse(layer)
+        for module in modules
+    }

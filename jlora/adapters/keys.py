@@ -56,10 +56,15 @@ _KINDS: tuple[tuple[Kind, re.Pattern[str]], ...] = tuple(
     (kind, re.compile(rf"([^\n]+){suffix}")) for kind, suffix in _SUFFIXES
 )
 _MODULE = re.compile(r"layers\.([0-9]{1,6})\.(?:(self_attn|mlp)\.)?([a-z_]+)")
+_SPARSE = re.compile(
+    r"layers\.([0-9]{1,6})\.(?:mlp|block_sparse_moe)\."
+    r"(gate|experts|experts\.base_layer|experts\.([0-9]{1,6})\.([a-z0-9_]+))"
+)
+STACKS = ("experts", "experts.base_layer")
+"""Modules whose pairs are of all experts together: `stacked.py`."""
 _FEATURES: tuple[tuple[str, str], ...] = (
     ("lora_diag", "KaSA"),
     ("lora_velora", "VeLoRA's state"),
-    ("experts", "LoRA on MoE experts"),
 )
 
 
@@ -143,23 +148,61 @@ def _place(module: str, key: str, cfg: ModelConfig, folder: Path) -> Place:
     rest = ".".join(words[start:])
     if start <= 8 and rest in (*VOCABULARY, "norm"):
         return NO_LAYER, rest
+    if start <= 8 and cfg.experts is not None and (match := _SPARSE.fullmatch(rest)):
+        return _sparse_place(match, key, cfg, folder)
     match = _MODULE.fullmatch(rest) if start <= 8 else None
     norm = match is not None and _is_norm(match[2], match[3], cfg)
     linear = match is not None and BLOCKS.get(match[3], "") == match[2] and match[3] in cfg.modules
     if match is None or not (norm or linear):
         raise AdapterError(
             f"{folder}: tensor {key[:160]!r} is for none of the modules that adapters may change "
-            f"({', '.join((*cfg.modules, *cfg.norms))} of a decoder layer, "
+            f"({', '.join((*_supported(cfg), *cfg.norms))} of a decoder layer, "
             f"{', '.join(VOCABULARY)}, norm)"
         )
-    layer = int(match[1])
-    if layer >= cfg.layers:
-        raise AdapterError(
-            f"{folder}: tensor {key[:160]!r} is for layer {layer}, {cfg.name!r} has layers 0 to "
-            f"{cfg.layers - 1}; was this adapter trained on another base model?"
-        )
+    layer = _layer(match[1], key, cfg, folder)
     if linear and match[3] not in cfg.modules_of(layer):
         raise AdapterError(
             f"{folder}: tensor {key[:160]!r} is for layer {layer}, whose MLP is made of experts"
         )
     return layer, match[3]
+
+
+def _sparse_place(match: re.Match[str], key: str, cfg: ModelConfig, folder: Path) -> Place:
+    """Of a router, an expert's linear or a stack; by the checkpoint's names."""
+    layer, facts, what = _layer(match[1], key, cfg, folder), cfg.experts, match[2]
+    assert facts is not None
+    if not cfg.is_sparse(layer):
+        raise AdapterError(
+            f"{folder}: tensor {key[:160]!r} is for layer {layer}, whose MLP has no experts"
+        )
+    if match[3] is not None:
+        if int(match[3]) >= facts.count:
+            raise AdapterError(
+                f"{folder}: tensor {key[:160]!r} is for expert {match[3]}, {cfg.name!r} has experts 0 "
+                f"to {facts.count - 1}; was this adapter trained on another base model?"
+            )
+        if match[4] not in facts.parts:
+            raise AdapterError(
+                f"{folder}: tensor {key[:160]!r} is for {match[4]!r}, an expert of {cfg.name!r} has "
+                f"{', '.join(facts.parts)}"
+            )
+        what = f"experts.{int(match[3])}.{match[4]}"
+    return layer, f"{facts.module}.{what}"
+
+
+def _layer(text: str, key: str, cfg: ModelConfig, folder: Path) -> int:
+    layer = int(text)
+    if layer >= cfg.layers:
+        raise AdapterError(
+            f"{folder}: tensor {key[:160]!r} is for layer {layer}, {cfg.name!r} has layers 0 to "
+            f"{cfg.layers - 1}; was this adapter trained on another base model?"
+        )
+    return layer
+
+
+def _supported(cfg: ModelConfig) -> list[str]:
+    """The modules of a layer, for messages."""
+    if cfg.experts is None:
+        return list(cfg.modules)
+    parts = ", ".join(cfg.experts.parts)
+    return [*cfg.modules, f"{cfg.experts.router} and {cfg.experts.module}.experts.N.({parts})"]

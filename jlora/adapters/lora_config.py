@@ -24,7 +24,6 @@ DEFAULT_RANK = DEFAULT_ALPHA = 8
 
 # Fields that change the result in a way that we do not compute, unless they are empty or false.
 REFUSED: dict[str, str] = {
-    "target_parameters": "target_parameters (LoRA on MoE experts)",
     "alora_invocation_tokens": "aLoRA (alora_invocation_tokens)",
     "layer_replication": "layer_replication",
     "use_bdlora": "BD-LoRA (use_bdlora)",
@@ -39,13 +38,13 @@ HARMLESS = frozenset([
     "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying",
     "eva_config", "fan_in_fan_out", "inference_mode", "layers_pattern", "lora_dropout",
     "lora_ga_config", "loftq_config", "megatron_config", "megatron_core", "merge_weights",
-    "path_initial_model_for_weight_conversion", "peft_version", "qalora_group_size",
+    "path_initial_model_for_weight_conversion", "qalora_group_size",
     "revision", "runtime_config", "task_type", "velora_config",
 ])  # fmt: skip
 _READ = frozenset([
     "alpha_pattern", "bias", "exclude_modules", "init_lora_weights", "layers_to_transform",
-    "lora_alpha", "lora_bias", "modules_to_save", "peft_type", "r", "rank_pattern",
-    "target_modules", "trainable_token_indices", "use_dora", "use_rslora",
+    "lora_alpha", "lora_bias", "modules_to_save", "peft_type", "peft_version", "r",
+    "rank_pattern", "target_modules", "target_parameters", "trainable_token_indices", "use_dora", "use_rslora",
 ])  # fmt: skip
 
 # Ways to start a LoRA that leave the base weights alone, and those that do not.
@@ -84,6 +83,10 @@ class LoraConfig:
     """trainable_token_indices by module; a list is the embedding's."""
     init: Literal["pissa", "olora"] | None
     """How the pairs started, where that took something out of the base."""
+    parameters: tuple[str, ...] = ()
+    """target_parameters."""
+    peft_version: str | None = None
+    """Of the peft that wrote the file; 0.18 was the first to say so."""
 
     def rank_of(self, name: str) -> int:
         """The rank that the config gives to the module `name`."""
@@ -117,7 +120,7 @@ def check_config(data: Mapping[str, Any], path: str) -> LoraConfig:
         key: _number(value, f"{path}: alpha_pattern[{key[:80]!r}]")
         for key, value in _table(data, "alpha_pattern", path).items()
     }
-    base = data.get("base_model_name_or_path")
+    base, version = data.get("base_model_name_or_path"), data.get("peft_version")
     return LoraConfig(
         base_model=base if isinstance(base, str) and base else None,
         rank=_rank(data.get("r", DEFAULT_RANK), f"{path}: r"),
@@ -136,6 +139,8 @@ def check_config(data: Mapping[str, Any], path: str) -> LoraConfig:
         saved=_saved(data, path),
         tokens=_tokens(data.get("trainable_token_indices"), path),
         init=_init(data.get("init_lora_weights", True), path),
+        parameters=_parameters(data, path),
+        peft_version=version if isinstance(version, str) else None,
     )
 
 
@@ -224,6 +229,13 @@ def _targets(data: Mapping[str, Any], path: str) -> tuple[str, ...] | None:
             f"{_shown(targets)}"
         )
     return None if targets is None else tuple(targets)
+
+
+def _parameters(data: Mapping[str, Any], path: str) -> tuple[str, ...]:
+    parameters = data.get("target_parameters") or []
+    if not _is_texts(parameters):
+        raise AdapterError(f"{path}: target_parameters must be a list, got {_shown(parameters)}")
+    return tuple(parameters)
 
 
 def _excluded(data: Mapping[str, Any], path: str) -> tuple[str, ...] | None:

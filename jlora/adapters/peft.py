@@ -34,6 +34,7 @@ from jlora.adapters.keys import (
     sort_tensors,
 )
 from jlora.adapters.lora_config import CONFIG_FILE, LoraConfig, read_config
+from jlora.adapters.stacked import Stack, resolve
 from jlora.adapters.tensors import (
     TensorInfo,
     open_regular,
@@ -43,7 +44,7 @@ from jlora.adapters.tensors import (
 )
 from jlora.adapters.torch_file import read_bin_header
 from jlora.errors import AdapterError, AdapterNotFound
-from jlora.models.config import ModelConfig
+from jlora.models.config import EXPERT_GROUPS, ModelConfig
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 TEMPLATE_FILE = "chat_template.jinja"
@@ -80,13 +81,17 @@ def read_adapter(
         if total > max_bytes:
             raise AdapterError(f"{folder} holds {total} bytes, more than the limit of {max_bytes}")
         modules = sort_tensors(header, cfg, folder)
-        added = check_modules(modules, config, cfg, folder)
+        targeted = resolve(modules, config, cfg, folder)
+        modules = targeted.modules
+        added = check_modules(modules, config, cfg, folder, targeted.places)
         template = _chat_template(folder)
         reader = _Reader(file, weights_path, config, cfg, base, folder)
         if added:
             reader.resize(modules, added)
         for place in sorted(modules):
             reader.add(place, modules)
+        for stack in targeted.stacks:
+            reader.add_stack(stack)
     weights = {place: against_base.joined(pairs) for place, pairs in reader.pairs.items()}
     vectors = {
         place: OutputVectors(scale=reader.scales.get(place), offset=reader.offsets.get(place))
@@ -203,17 +208,34 @@ class _Reader:
         if "tokens" in has:
             self._add_tokens(place, self._read(has["tokens"]), modules)
 
+    def add_stack(self, stack: Stack) -> None:
+        """The pairs of all experts of a layer."""
+        facts = self.cfg.experts
+        assert facts is not None
+        a, b = (read_tensor(self.file, self.path, info) for info in (stack.a, stack.b))
+        last = (stack.a, a) if stack.turned else (stack.b, b)
+        scaling = self._scaling(stack.name, stack.rank, *last)
+        parts = EXPERT_GROUPS[stack.group]
+        for expert, (own_a, own_b) in enumerate(stack.pairs(a, b, facts.count)):
+            rows = np.split(own_b, len(parts))
+            for part, own in zip(parts, rows, strict=True):
+                pair = LoraWeights(a=own_a, b=own, rank=stack.rank, scaling=scaling)
+                self._add_pair((stack.layer, facts.name_of(part, expert)), pair)
+
     def _read(self, info: TensorInfo) -> np.ndarray:
         return read_tensor(self.file, self.path, info).astype(np.float32)
 
     def _pair(self, found: Found) -> LoraWeights:
         a, b = (read_tensor(self.file, self.path, found.tensors[half]) for half in ("A", "B"))
-        scaling = self.config.scaling_of(found.name, len(a))
+        scaling = self._scaling(found.name, len(a), found.tensors["B"], b)
+        return LoraWeights(a=a, b=b, rank=len(a), scaling=scaling)
+
+    def _scaling(self, name: str, rank: int, info: TensorInfo, b: np.ndarray) -> float:
+        scaling = self.config.scaling_of(name, rank)
         largest = float(np.max(np.abs(b))) * abs(scaling)
         if not largest <= float(np.finfo(np.float32).max):
-            name = found.tensors["B"].name
-            raise AdapterError(f"{self.folder}: scaling {scaling} overflows {name!r}")
-        return LoraWeights(a=a, b=b, rank=len(a), scaling=scaling)
+            raise AdapterError(f"{self.folder}: scaling {scaling} overflows {info.name!r}")
+        return scaling
 
     def _needed(self, place: Place) -> Base:
         if self._base is None:

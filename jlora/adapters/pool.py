@@ -4,7 +4,7 @@
 is the padding page, all zeros, and is never written. Nothing compiles after `warm_up`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,8 @@ from jlora.adapters.adapter import (
 from jlora.errors import AdapterError
 from jlora.models.config import (
     ADDED,
-    GROUPS,
+    EXPERT_GROUPS,
+    LAYER_GROUPS,
     NORM_GROUPS,
     VECTOR_GROUPS,
     VOCAB_GROUPS,
@@ -38,7 +39,8 @@ from kernels_pallas.lora_matmul import PAGE, RankPool
 
 HostPage = dict[str, RankPool]
 """One page of all layers, by group, in numpy: a [L, parts*page, K], b [L, page, N], scale and
-offset [L, N] if adapters may have them. L is 1 for groups in no layer. VECTOR_GROUPS have offsets alone."""
+offset [L, N] if adapters may have them. L is 1 for groups in no layer. VECTOR_GROUPS have offsets
+alone, groups of experts as much for each expert, one after the other, and no scale or offset."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -71,6 +73,7 @@ class StagedAdapter:
 
 _WORDS: dict[str, str] = {
     "vocabulary": "embed_tokens or lm_head",
+    "experts": "routers or experts",
     "norms": "norms",
     "vectors": "DoRA or biases",
 }
@@ -79,13 +82,13 @@ _WORDS: dict[str, str] = {
 
 def in_layers(group: str) -> bool:
     """Whether every layer may have a group of this name."""
-    return group in GROUPS or group == NORM_GROUPS[0]
+    return group in LAYER_GROUPS or group == NORM_GROUPS[0]
 
 
 def groups_of(cfg: ModelConfig, support: Support) -> dict[str, tuple[str, ...]]:
     """The groups that adapters may change: those of any layer, and what else is supported."""
-    mine = {group for layer in range(cfg.layers) for group in cfg.groups(layer)}
-    groups = [group for group in GROUPS if group in mine]
+    mine = {group for level in groups_by_level(cfg, support) for group in level}
+    groups = [group for group in LAYER_GROUPS if group in mine]
     groups += VOCAB_GROUPS if "vocabulary" in support else ()
     groups += NORM_GROUPS if "norms" in support else ()
     groups += (ADDED,) if cfg.extra_vocab else ()
@@ -95,10 +98,17 @@ def groups_of(cfg: ModelConfig, support: Support) -> dict[str, tuple[str, ...]]:
 def groups_by_level(cfg: ModelConfig, support: Support) -> list[tuple[str, ...]]:
     """The groups of each layer, then, if there are any, those in no layer."""
     norms = NORM_GROUPS if "norms" in support else ()
-    levels = [(*cfg.groups(layer), *norms[:1]) for layer in range(cfg.layers)]
+    levels = [
+        (*cfg.groups(layer), *_expert_groups(cfg, support, layer), *norms[:1])
+        for layer in range(cfg.layers)
+    ]
     added = (ADDED,) if cfg.extra_vocab else ()
     ends = (*(VOCAB_GROUPS if "vocabulary" in support else ()), *norms[1:], *added)
     return [*levels, ends] if ends else levels
+
+
+def _expert_groups(cfg: ModelConfig, support: Support, layer: int) -> tuple[str, ...]:
+    return tuple(EXPERT_GROUPS) if "experts" in support and cfg.is_sparse(layer) else ()
 
 
 def page_bytes(
@@ -118,9 +128,10 @@ def page_bytes(
         rows //= layout.tp if RULES[rows_axis] else 1
         columns //= layout.tp if RULES[columns_axis] else 1
         each = page_rows * (len(parts) * rows + columns) * np.dtype(dtype).itemsize
-        each += 0 if "vectors" not in support else 2 * columns * np.dtype(np.float32).itemsize
-        holders = sum(group in cfg.groups(layer) for layer in range(cfg.layers))
-        total += each * (holders if group in GROUPS else 1)
+        each *= cfg.pairs_of(group)
+        if "vectors" in support and group not in EXPERT_GROUPS:
+            each += 2 * columns * np.dtype(np.float32).itemsize
+        total += each * sum(group in level for level in groups_by_level(cfg, support))
     return total
 
 
@@ -156,7 +167,7 @@ class RankPages:
 
         self._shapes = {
             group: (
-                (len(parts) * self._rows(group), layout.group_shape(group)[0]),
+                (self._rows(group) * len(parts), layout.group_shape(group)[0]),
                 (self._rows(group), layout.group_shape(group)[1]),
             )
             for group, parts in groups_of(cfg, support).items()
@@ -179,11 +190,11 @@ class RankPages:
         }
 
     def _rows(self, group: str) -> int:
-        return 0 if group in VECTOR_GROUPS else self.page_rows
+        return 0 if group in VECTOR_GROUPS else self.page_rows * self.cfg.pairs_of(group)
 
     def _has(self, group: str) -> tuple[bool, bool]:
         """Whether a group has a scale, and an offset."""
-        vectors = "vectors" in self.support
+        vectors = "vectors" in self.support and group not in EXPERT_GROUPS
         return vectors and group not in VECTOR_GROUPS, vectors or group in VECTOR_GROUPS
 
     def _shardings(self, mesh: Mesh, group: str, first: str | None = None) -> RankPool:
@@ -247,10 +258,11 @@ class RankPages:
             )
         whole = adapter
         adapter = widened(by_projection(adapter, self.cfg), self.cfg.vocab_rows)
+        changed = {self.cfg.part_of(module)[1] for module in adapter.modules}
         touched = {
             group
             for group, parts in groups_of(self.cfg, self.support).items()
-            if not set(parts).isdisjoint(adapter.modules)
+            if not changed.isdisjoint(parts)
         }
         pages = tuple(
             {
@@ -277,7 +289,7 @@ class RankPages:
             uid=adapter.uid,
             base_model=adapter.base_model,
             rank=adapter.rank,
-            modules=tuple(whole.modules),
+            modules=tuple(sorted({self.cfg.part_of(module)[1] for module in whole.modules})),
             chat_template=adapter.chat_template,
             added_tokens=adapter.added_tokens,
             host_pages=pages,
@@ -290,9 +302,28 @@ class RankPages:
         self, adapter: Adapter, index: int, group: str, pages: Sequence[HostPage]
     ) -> None:
         """Fills one layer of one group of all pages, in place."""
-        page_rows, columns = self.page_rows, self.layout.input_index(group)
         layer = index if in_layers(group) else NO_LAYER
-        for part, projection in enumerate(self.cfg.parts(group)):
+        experts = self.cfg.experts if group in EXPERT_GROUPS else None
+        for number in range(self.cfg.pairs_of(group)):
+            expert = None if group == "router" else number
+            names = {
+                part: part if experts is None else experts.name_of(part, expert)
+                for part in self.cfg.parts(group)
+            }
+            self._stage_pair(adapter, layer, (index, group, number), names, pages)
+
+    def _stage_pair(
+        self,
+        adapter: Adapter,
+        layer: int,
+        place: tuple[int, str, int],
+        names: Mapping[str, str],
+        pages: Sequence[HostPage],
+    ) -> None:
+        """One expert's pairs, or the group's only ones; `names` are the parts' in the adapter."""
+        index, group, number = place
+        page_rows, columns = self.page_rows, self.layout.input_index(group)
+        for part, projection in enumerate(names.values(), start=number * len(names)):
             pair = adapter.weights.get((layer, projection))
             if pair is None:
                 continue
@@ -301,7 +332,8 @@ class RankPages:
                 rows = self._cast(a[start : start + page_rows], adapter, projection)
                 page[group].a[index, part * page_rows : part * page_rows + len(rows)] = rows
         at = 0
-        for projection, source in self.layout.output_index(group):
+        for part, source in self.layout.output_index(group):
+            projection = names[part]
             here = slice(at, at + len(source))
             at += len(source)
             pair = adapter.weights.get((layer, projection))
@@ -309,7 +341,8 @@ class RankPages:
                 b = _take(pair.b.T, source).astype(np.float32) * np.float32(pair.scaling)
                 for page, start in zip(pages, range(0, pair.rank, page_rows), strict=False):
                     rows = self._cast(b[start : start + page_rows], adapter, projection)
-                    page[group].b[index, : len(rows), here] = rows
+                    first = number * page_rows
+                    page[group].b[index, first : first + len(rows), here] = rows
             own = adapter.vectors.get((layer, projection))
             if own is not None:
                 for page in pages:

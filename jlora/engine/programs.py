@@ -18,11 +18,12 @@ from jax.sharding import PartitionSpec as P
 from jlora.batch import Batch, unpack
 from jlora.engine import sampler
 from jlora.engine.sampler import Kind
+from jlora.models.config import STACKED_GROUPS
 from jlora.models.decoder import Decoder, Pools, forward, logits
 from jlora.ops import KV
 from jlora.shape import Shape
 from jlora.sharding import GROUP_AXES, Layout, sharding, spec
-from kernels_pallas.lora_matmul import ActivePages, RankPool, Segments, active_pages
+from kernels_pallas.lora_matmul import ActivePages, RankPool, Segments, active_pages, active_stacks
 
 KV_AXES = ("page", "kv_heads", None, None)
 SCORE_ROWS = 32
@@ -217,14 +218,17 @@ class Programs:
     def _mapped_copy(self, pools: Pools) -> Callable:
         def copy(pools: Pools, pages: jax.Array) -> list[dict[str, ActivePages]]:
             return [
-                {
-                    group: active_pages(pool, pages, part_sizes=self.layout.part_sizes(group))
-                    for group, pool in groups.items()
-                }
+                {group: self._active(group, pool, pages) for group, pool in groups.items()}
                 for groups in pools
             ]
 
         return self._map(copy, (_specs(pools), P()), self._active_specs(pools))
+
+    def _active(self, group: str, pool: RankPool, pages: jax.Array) -> ActivePages:
+        sizes, pairs = self.layout.part_sizes(group), self.layout.cfg.pairs_of(group)
+        if group in STACKED_GROUPS:
+            return active_stacks(pool, pages, part_sizes=sizes, pairs=pairs)
+        return active_pages(pool, pages, part_sizes=sizes)
 
     def _lower_copy(self, count: int, pools: Pools) -> jax.stages.Lowered:
         pages = jax.ShapeDtypeStruct((count,), jnp.int32, sharding=sharding(self.mesh))
@@ -250,10 +254,10 @@ class Programs:
 
 def _active_spec(group: str, pool: RankPool, parts: int) -> ActivePages:
     rows, columns = GROUP_AXES[group]
-    vector = spec(None, columns)
+    vector, stack = spec(None, columns), (None,) if group in STACKED_GROUPS else ()
     return ActivePages(
-        a=spec(None, "rank", rows),  # type: ignore[arg-type]
-        b=tuple(spec("rank", columns) for _ in range(parts)),  # type: ignore[arg-type]
+        a=spec(*stack, None, "rank", rows),  # type: ignore[arg-type]
+        b=tuple(spec(*stack, "rank", columns) for _ in range(parts)),  # type: ignore[arg-type]
         scale=None if pool.scale is None else vector,  # type: ignore[arg-type]
         offset=None if pool.offset is None else vector,  # type: ignore[arg-type]
     )

@@ -1,6 +1,6 @@
 """A PEFT adapter folder, as peft, jlora, vLLM and SGLang load it: one rank, scaling 1, plain LoRA."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +11,7 @@ from jlora.export.changes import name_of
 from jlora.export.combine import Place
 from jlora.export.folder import DTYPES, Entry, write_json, write_tensors, written_aside
 from jlora.export.svd import Pair
+from jlora.models.config import EXPERT_PARTS, ExpertsConfig
 
 EMBEDDING = "embed_tokens"
 Progress = Callable[[int, int], None]
@@ -23,6 +24,7 @@ def write_adapter(
     *,
     dtype: str = "auto",
     chat_template: str | None = None,
+    experts: ExpertsConfig | None = None,
     progress: Progress | None = None,
 ) -> int:
     """Writes the delta to `output`, a folder that must not exist; gives its rank.
@@ -30,13 +32,16 @@ def write_adapter(
     Ranks are padded with zeros to the largest and lora_alpha equals it: tools that read neither
     rank_pattern nor alpha_pattern nor use_rslora get it right. Only an embedding or head of a
     larger rank (one that was replaced) has patterns. `dtype` auto is float32. All pairs are in
-    memory.
+    memory. Of `experts`, all or none of a layer have pairs, zeros where nothing changed: peft
+    takes no others.
     """
     made: dict[Place, Pair] = {}
     for done, (place, make) in enumerate(sorted(pairs.items()), start=1):
         made[place] = make()
         if progress is not None:
             progress(done, len(pairs))
+    if experts is not None:
+        made |= dict(_other_experts(made, experts))
     in_layers = [pair.rank for (layer, _), pair in made.items() if layer != NO_LAYER]
     rank = max(in_layers or [pair.rank for pair in made.values()])
     dtype = "float32" if dtype == "auto" else dtype
@@ -60,6 +65,23 @@ def write_adapter(
         if chat_template is not None:
             (folder / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
     return max(pair.rank for pair in made.values())
+
+
+def _other_experts(
+    made: Mapping[Place, Pair], experts: ExpertsConfig
+) -> Iterator[tuple[Place, Pair]]:
+    """Zeros for the linears of experts that are not there, in layers where some are."""
+    known: dict[int, Pair] = {}
+    for (layer, module), pair in made.items():
+        if f"{experts.module}.experts." in module:
+            down = experts.part_of(module)[1] == EXPERT_PARTS[2]
+            known[layer] = Pair(a=pair.b.T, b=pair.a.T) if down else pair
+    for layer, pair in known.items():
+        a, b = np.zeros((1, pair.a.shape[1]), np.float32), np.zeros((len(pair.b), 1), np.float32)
+        up, down = Pair(a=a, b=b), Pair(a=b.T, b=a.T)
+        for module in experts.modules():
+            if module != experts.router and (layer, module) not in made:
+                yield (layer, module), down if experts.part_of(module)[1] == EXPERT_PARTS[2] else up
 
 
 def _module(place: Place) -> str:

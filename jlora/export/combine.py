@@ -9,6 +9,7 @@ not the sum of products), or on the delta itself (`*_svd`: as the papers have it
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
+from zlib import crc32
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -16,7 +17,7 @@ from jaxtyping import Bool, Float
 from jlora.adapters.adapter import Adapter, LoraWeights
 from jlora.errors import AdapterError, ParameterError
 from jlora.export.svd import Pair, of_matrix, of_product
-from jlora.models.config import ALL_GROUPS, FUSED
+from jlora.models.config import FUSED, PROJECTIONS, VOCAB_GROUPS
 
 Combination = Literal[
     "cat",
@@ -34,7 +35,7 @@ Combination = Literal[
 Majority = Literal["total", "frequency"]
 Place = tuple[int, str]
 """(layer, projection); NO_LAYER for embed_tokens and lm_head."""
-_NAMES = (*(part for parts in ALL_GROUPS.values() for part in parts), *FUSED)
+_NAMES = (*PROJECTIONS, *(part for parts in VOCAB_GROUPS.values() for part in parts), *FUSED)
 Tensor = Float[np.ndarray, "..."]
 
 
@@ -124,7 +125,8 @@ def _maker(
 ) -> Callable[[], Pair]:
     def make() -> Pair:
         # Of the place, not of the order: the same choice whatever else is merged in the run.
-        rng = np.random.default_rng([recipe.seed, key[0] + 1, _NAMES.index(key[1])])
+        number = _NAMES.index(key[1]) if key[1] in _NAMES else crc32(key[1].encode())
+        rng = np.random.default_rng([recipe.seed, key[0] + 1, number])
         if recipe.combination == "cat":
             return _concatenated(here)
         if recipe.combination == "svd":

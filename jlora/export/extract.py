@@ -16,6 +16,7 @@ from jlora.export.combine import Place
 from jlora.export.folder import DTYPES
 from jlora.export.svd import Pair, of_matrix
 from jlora.models.checkpoint import Checkpoint
+from jlora.models.config import ModelConfig
 from jlora.models.weights import tensor_name
 
 Progress = Callable[[int, int], None]
@@ -29,6 +30,7 @@ _SETTINGS = (
     "windows",
     "qk_norm",
     "activation",
+    "experts",
 )
 """Facts that the adapter's base must share: no adapter carries them."""
 
@@ -37,6 +39,8 @@ _SETTINGS = (
 class Extracted:
     """What the difference holds, and how well the pairs give it."""
 
+    cfg: ModelConfig
+    """The base's."""
     pairs: dict[Place, Pair]
     """Of the linears that differ."""
     errors: dict[Place, float]
@@ -66,13 +70,13 @@ def extract(
     places = {
         tensor_name(layer, projection): (layer, projection)
         for layer in range(cfg.layers)
-        for projection in cfg.modules_of(layer)
+        for projection in (*cfg.modules_of(layer), *cfg.sparse_modules(layer))
     }
     kind = DTYPES["float32" if dtype == "auto" else dtype][0]
     settings = tuple(
         field for field in _SETTINGS if getattr(cfg, field) != getattr(tuned_cfg, field)
     )
-    found = Extracted(pairs={}, errors={}, shares={}, others={}, settings=settings)
+    found = Extracted(cfg=cfg, pairs={}, errors={}, shares={}, others={}, settings=settings)
     for done, (name, source) in enumerate(sources.items(), start=1):
         difference, whole = _difference(before, after, name, source)
         size = float(np.linalg.norm(difference))

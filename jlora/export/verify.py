@@ -40,6 +40,8 @@ def _load(model: str, rank: int, support: Level, extra_vocab: int = 0) -> LLM:
             max_loras=max(1, -(-rank // 64)),
             lora_support=support,
             lora_extra_vocab_size=extra_vocab,
+            # pages of 8 ranks at least; by itself it would take fewer where they hold experts
+            lora_memory=f"{-(-rank // 8)}pages" if support == "experts" else None,
         )
     )
 

@@ -4,12 +4,15 @@ Facts from their sources, read 2026-11-23 (peft's were run): vLLM 0.33.0, SGLang
 0.21.2. What is not known here is not told: no entry is no promise.
 """
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 VLLM, SGLANG, PEFT = "vLLM 0.33.0", "SGLang 0.5.23", "peft 0.21.2"
 
+_EACH = re.compile(r".*\.experts\.[0-9]+\.")
+_DENSE = re.compile(r".*\.layers\.[0-9]+\.mlp\.(gate|up|down)_proj")
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Values of --max-lora-rank; 16 by default."""
 VLLM_HEAD = 258_048
@@ -178,5 +181,23 @@ def _peft(facts: Facts) -> Iterator[tuple[Outcome, str]]:
             "wrong",
             "target_modules is not there: the architecture's default (q_proj, v_proj) is taken, other tensors are dropped",
         )
+    yield from _peft_on_experts(facts)
     if facts.ends and facts.tied:
         yield "wrong", "merge_and_unload on this tied base changes embedding and head alike"
+
+
+def _peft_on_experts(facts: Facts) -> Iterator[tuple[Outcome, str]]:
+    """What it does, on transformers 5, with a pair for each expert: it makes stacks of them."""
+    modules = {name.partition(".lora_")[0] for name in facts.names if ".lora_" in name}
+    parts = {_EACH.sub("", module) for module in modules if _EACH.match(module)}
+    if not parts:
+        return
+    first = parts & {"w1", "w3", "gate_proj", "up_proj"}
+    if len(first) == 1:
+        yield "refuses", f"{first.pop()} of experts without the other of gate and up"
+    elif first and parts == first:
+        yield "wrong", "gate and up of experts without down are dropped, with one warning"
+    elif first and facts.on("use_rslora"):
+        yield "wrong", "use_rslora: gate and up of experts change 1.41 times as much as they should"
+    if any(_DENSE.fullmatch(module) for module in modules):
+        yield "wrong", "the MLPs of layers without experts are dropped"

@@ -71,7 +71,7 @@ class BaseWeights:
 
     def _part(self, layer: int, projection: str, what: str) -> tuple[str, np.ndarray]:
         """(tensor, its rows) of a projection's weight or bias."""
-        if projection in FUSED:
+        if projection in FUSED or "." in projection:
             return tensor_name(layer, projection), np.arange(self.cfg.shape(projection)[1])
         group = _GROUP[projection]
         if group == "embed":

@@ -11,7 +11,15 @@ from typing import Any
 
 from jlora.errors import ModelError
 from jlora.models.config_file import (
-    ExpertsConfig,
+    EXPERT_PARTS as EXPERT_PARTS,
+)
+from jlora.models.config_file import (
+    ROUTER as ROUTER,
+)
+from jlora.models.config_file import (
+    ExpertsConfig as ExpertsConfig,
+)
+from jlora.models.config_file import (
     Reader,
     folder_name,
     is_null,
@@ -39,7 +47,19 @@ GROUPS: dict[str, tuple[str, ...]] = {
 VOCAB_GROUPS: dict[str, tuple[str, ...]] = {"embed": ("embed_tokens",), "head": ("lm_head",)}
 """What adapters may change beside the layers: a linear map from tokens, and one to tokens."""
 
-ALL_GROUPS = GROUPS | VOCAB_GROUPS
+EXPERT_GROUPS: dict[str, tuple[str, ...]] = {
+    "router": (ROUTER,),
+    "expert_gate_up": EXPERT_PARTS[:2],
+    "expert_down": EXPERT_PARTS[2:],
+}
+"""What adapters may change in sparse layers, in engines that were built for it: the router, and
+the linears of each expert."""
+
+STACKED_GROUPS = tuple(EXPERT_GROUPS)[1:]
+"""Those with pairs of their own for each expert."""
+
+LAYER_GROUPS = GROUPS | EXPERT_GROUPS
+ALL_GROUPS = LAYER_GROUPS | VOCAB_GROUPS
 
 NORM_GROUPS = ("norms", "norm")
 """All norms of a layer, and the last one: what adapters may change there is vectors only."""
@@ -156,10 +176,14 @@ class ModelConfig:
     """The checkpoint holds more than the text part; the rest is not read."""
 
     def shape(self, projection: str) -> tuple[int, int]:
-        """(input, output) width of a projection, or of a module of `FUSED`."""
+        """(input, output) width of a projection, a module of `FUSED`, or one of a sparse MLP."""
         if projection in FUSED:
             widths = [self.shape(part) for part in FUSED[projection]]
             return widths[0][0], sum(out for _, out in widths)
+        _, part = self.part_of(projection)
+        if self.experts is not None and part in (ROUTER, *EXPERT_PARTS):
+            width = self.experts.count if part == ROUTER else self.experts.mlp
+            return (width, self.embed) if part == EXPERT_PARTS[2] else (self.embed, width)
         heads, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
         return {
             "q_proj": (self.embed, heads),
@@ -195,10 +219,24 @@ class ModelConfig:
         """The groups of a layer; experts are in none."""
         return tuple(GROUPS)[:2] if self.is_sparse(layer) else tuple(GROUPS)
 
+    def pairs_of(self, group: str) -> int:
+        """Low-rank pairs of a group in a layer, for each of its parts: one for each expert."""
+        return self.experts.count if self.experts and group in STACKED_GROUPS else 1
+
+    def part_of(self, module: str) -> tuple[int | None, str]:
+        """(expert, part of ALL_GROUPS) of a module of a layer or a projection."""
+        if self.experts is not None and "." in module and module not in EXPERT_PARTS:
+            return self.experts.part_of(module)
+        return None, module
+
     def modules_of(self, layer: int) -> tuple[str, ...]:
-        """The linears of a layer by their checkpoint names: what adapters may target."""
+        """The linears of a layer by their checkpoint names, but for those of sparse MLPs."""
         parts = (part for group in self.groups(layer) for part in GROUPS[group])
         return tuple(dict.fromkeys(self.stored_in(part)[0] for part in parts))
+
+    def sparse_modules(self, layer: int) -> tuple[str, ...]:
+        """The rest of them: router and experts."""
+        return tuple(self.experts.modules()) if self.experts and self.is_sparse(layer) else ()
 
     @property
     def modules(self) -> tuple[str, ...]:

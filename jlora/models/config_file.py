@@ -5,7 +5,7 @@ Reads what transformers 4 and 5 write. What the decoder cannot compute exactly i
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -258,6 +258,11 @@ def _read_rope(
     return config
 
 
+ROUTER = "gate"
+EXPERT_PARTS = ("experts.gate_proj", "experts.up_proj", "experts.down_proj")
+"""Our names of an expert's linears, whatever the checkpoint calls them."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ExpertsConfig:
     """The sparse MLPs of a model."""
@@ -276,6 +281,30 @@ class ExpertsConfig:
     """Name of router and experts in the checkpoint."""
     parts: tuple[str, str, str]
     """Names of an expert's gate, up and down in the checkpoint."""
+
+    def name_of(self, part: str, expert: int | None = None) -> str:
+        """The checkpoint's module, in a layer, of a part of `EXPERT_GROUPS`."""
+        if expert is None:
+            return f"{self.module}.{part}"
+        return f"{self.module}.experts.{expert}.{self.parts[EXPERT_PARTS.index(part)]}"
+
+    def part_of(self, module: str) -> tuple[int | None, str]:
+        """The inverse: ("block_sparse_moe.experts.3.w2") -> (3, "experts.down_proj")."""
+        words = module.removeprefix(f"{self.module}.").split(".")
+        if len(words) == 1:
+            return None, words[0]
+        return int(words[1]), EXPERT_PARTS[self.parts.index(words[2])]
+
+    @property
+    def router(self) -> str:
+        """The router's module in a layer."""
+        return self.name_of(ROUTER)
+
+    def modules(self) -> Iterator[str]:
+        """All modules of a sparse MLP: the router, and the linears of each expert."""
+        yield self.router
+        for expert in range(self.count):
+            yield from (self.name_of(part, expert) for part in EXPERT_PARTS)
 
 
 def read_experts(get: Reader, family: Family, layers: int) -> ExpertsConfig | None:

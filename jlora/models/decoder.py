@@ -233,7 +233,7 @@ def _mlp(
     cfg: ModelConfig,
 ) -> Float[Array, "T D"]:
     if layer.experts is not None:
-        return layer.experts(h, cfg, batch)
+        return layer.experts(h, cfg, batch, pools or {})
     assert layer.gate_up is not None
     assert layer.down is not None
     gate, up = jnp.split(layer.gate_up(h, pools, batch), 2, axis=1)

@@ -118,7 +118,9 @@ def _norm(path: tuple[str | int, ...], tensor: str, width: int) -> Source:
 
 
 def tensor_name(layer: int, projection: str, kind: str = "weight") -> str:
-    """The checkpoint's name of a projection's (or fused module's) weight or bias."""
+    """The checkpoint's name of a projection's (or another module's) weight or bias."""
+    if "." in projection:  # of a sparse MLP: the name in full
+        return f"model.layers.{layer}.{projection}.{kind}"
     attention = projection in ("qkv_proj", *GROUPS["qkv"], *GROUPS["o"])
     return f"model.layers.{layer}.{'self_attn' if attention else 'mlp'}.{projection}.{kind}"
 

@@ -24,6 +24,8 @@ from kernels_pallas.lora_matmul.types import ActivePages as ActivePages
 from kernels_pallas.lora_matmul.types import RankPool as RankPool
 from kernels_pallas.lora_matmul.types import Segments as Segments
 from kernels_pallas.lora_matmul.xla import active_pages as active_pages
+from kernels_pallas.lora_matmul.xla import active_stacks as active_stacks
 from kernels_pallas.lora_matmul.xla import lora_embedding as lora_embedding
 from kernels_pallas.lora_matmul.xla import lora_epilogue as lora_epilogue
 from kernels_pallas.lora_matmul.xla import lora_vectors as lora_vectors
+from kernels_pallas.lora_matmul.xla import pair_of_stacks as pair_of_stacks

@@ -39,6 +39,40 @@ def active_pages(
     )
 
 
+@partial(jax.jit, static_argnames=("part_sizes", "pairs"))
+def active_stacks(
+    pool: RankPool, pages: Int[Array, " Pa"], *, part_sizes: tuple[int, ...], pairs: int
+) -> ActivePages:
+    """`active_pages` of a pool whose pages hold `pairs` low-rank pairs one after the other (one for
+    each expert): all arrays have an axis of pairs before the others."""
+    parts, page, width = len(part_sizes), pool.b.shape[1] // pairs, pool.a.shape[-1]
+    a = pool.a[pages].reshape(-1, pairs, parts, page, width).transpose(1, 2, 0, 3, 4)
+    b = pool.b[pages].reshape(-1, pairs, page, pool.b.shape[-1]).swapaxes(0, 1)
+    b = b.reshape(pairs, -1, b.shape[-1])
+    ends = [sum(part_sizes[: j + 1]) for j in range(parts)]
+    return ActivePages(
+        a=a.reshape(pairs, parts, -1, width),
+        b=tuple(jnp.split(b, ends[:-1], axis=2)),
+    )
+
+
+def pair_of_stacks(
+    pool: RankPool | ActivePages,
+    segments: Segments,
+    pair: Int[Array, ""],
+    *,
+    part_sizes: tuple[int, ...],
+    pairs: int,
+) -> ActivePages:
+    """The active pages of one of the `pairs`, for `lora_delta`. Of a pool nothing else is read."""
+    if isinstance(pool, ActivePages):
+        return ActivePages(a=pool.a[pair], b=tuple(b[pair] for b in pool.b))
+    a = pool.a.reshape(pool.a.shape[0], pairs, -1, pool.a.shape[-1])[segments.pages, pair]
+    b = pool.b.reshape(pool.b.shape[0], pairs, -1, pool.b.shape[-1])[segments.pages, pair]
+    one = RankPool(a=a, b=b)
+    return active_pages(one, jnp.arange(a.shape[0]), part_sizes=part_sizes)
+
+
 def lora_delta(
     x: Float[Array, "T K"],
     pool: RankPool | ActivePages,

@@ -63,6 +63,27 @@ def test_the_head_of_a_tied_base_and_of_a_large_vocabulary_are_told():
     assert found(names=names, tied=False, vocab=262_144) == {(VLLM, "refuses")}
 
 
+@pytest.mark.parametrize(
+    ("parts", "changes", "expected"),
+    [
+        (("0.mlp.experts.0.up_proj",), {}, {(PEFT, "refuses")}),
+        (("0.mlp.experts.0.up_proj", "0.mlp.experts.0.gate_proj"), {}, {(PEFT, "wrong")}),
+        (("0.mlp.experts.0.down_proj",), {}, set()),
+        (("0.mlp.experts.0.down_proj", "1.mlp.up_proj"), {}, {(PEFT, "wrong")}),
+        (("0.mlp.experts.0.down_proj",), {"use_rslora": True}, {(SGLANG, "wrong")}),
+        (
+            tuple(f"0.block_sparse_moe.experts.0.{part}" for part in ("w1", "w2", "w3")),
+            {"use_rslora": True},
+            {(SGLANG, "wrong"), (PEFT, "wrong")},
+        ),
+    ],
+)
+def test_what_peft_does_with_a_pair_for_each_expert_is_told(parts, changes, expected):
+    """tests/models/test_decoder_experts.py asks peft itself."""
+    names = tuple(f"base_model.model.model.layers.{part}.lora_A.weight" for part in parts)
+    assert found(changes, names=names) == expected
+
+
 @pytest.mark.parametrize("broken", ["prefix", "targets"])
 def test_peft_itself_does_what_is_told_of_it(tmp_path, broken):
     """Without the prefix nothing is loaded; without target_modules q and v alone are."""

@@ -1,0 +1,115 @@
+"""Adapters on routers and experts in the real engine: greedy tokens and scores equal PEFT's."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from jlora.errors import AdapterError
+from tests.engine.test_engine import NEW, PROMPTS, SMALL, Job
+from tests.engine.test_engine_kinds import logprobs
+from tests.engine.test_in_place import weights
+
+torch = pytest.importorskip("torch")
+peft = pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
+
+from tests import experts  # noqa: E402  (imports torch and peft)
+
+
+@pytest.fixture(scope="module")
+def made(tiny_model, tmp_path_factory):
+    """(model folder, adapter folders by name, those that peft reads in their place)."""
+    model, root = tiny_model("qwen3_moe"), tmp_path_factory.mktemp("experts")
+    stacked = experts.make_stacked(model, root / "stacked", r=12, seed=1, target_modules=["q_proj"])
+    folders = {
+        "each": experts.make_each(model, root / "each", seed=2),
+        "stacked": stacked,
+        "turned": experts.turn(model, stacked, root / "turned"),
+        "attention": experts.make_each(model, root / "attention", ("q_proj", "v_proj"), seed=3),
+    }
+    return model, folders, folders | {"turned": stacked}
+
+
+def options(model: Any, modules: dict[str, Any], **given: Any) -> Any:
+    from jlora.options import ModelOptions
+
+    named = tuple(f"{name}={path}" for name, path in modules.items())
+    return ModelOptions(model=str(model), lora_modules=named, **(SMALL | given))
+
+
+def check_in_place(parts: Any, name: str, prompt: list[int], expected: list[int]) -> None:
+    """Merged it gives the same text, and the base comes back bit for bit."""
+    entry, before = parts.store.resolve(name, parts.names), weights(parts)
+    parts.in_place.merge(entry)
+    assert weights(parts) != before
+    assert Job(parts, prompt, name).tokens == expected
+    parts.in_place.unmerge(entry)
+    assert weights(parts) == before
+
+
+@pytest.mark.parametrize("mesh", [1, 2])
+def test_every_dialect_in_one_batch_generates_and_scores_as_peft_does_alone(made, mesh):
+    from jlora.build import build_engine
+
+    folder, paths, read_by_peft = made
+    parts = build_engine(options(folder, paths, mesh=mesh, max_num_seqs=8))
+    try:
+        jobs = {
+            name: Job(parts, prompt, name, logprobs=0, prompt_logprobs=0)
+            for name, prompt in zip((None, *paths), PROMPTS, strict=False)
+        }
+        for job in jobs.values():
+            assert job.done.wait(120)
+        for name, prompt in zip((None, *paths), PROMPTS, strict=False):
+            if name in ("each", "turned"):
+                check_in_place(parts, name, prompt, jobs[name].tokens)
+    finally:
+        parts.engine.shutdown(0)
+    for (name, job), prompt in zip(jobs.items(), PROMPTS, strict=False):
+        base = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, experts_implementation="eager"
+        )
+        tokens = [*prompt, *job.tokens]
+        at = np.arange(len(tokens) - 1)
+        plain = logprobs(base, tokens)[at, tokens[1:]]
+        model = base if name is None else peft.PeftModel.from_pretrained(base, read_by_peft[name])
+        want = logprobs(model, tokens)
+        scored = want[at, tokens[1:]]
+        if name is not None:
+            assert np.abs(scored - plain).max() > 0.5, f"{name} does nothing"
+        assert len(job.tokens) == NEW
+        assert job.tokens == want[len(prompt) - 1 : -1].argmax(-1).tolist(), name
+        entries = [e for event in job.events for e in event.prompt_logprobs or ()]
+        got = [entry.logprob for entry in entries if entry is not None]
+        got += [entry.logprob for event in job.events for entry in event.logprobs or ()]
+        np.testing.assert_allclose(got, scored, rtol=0, atol=2e-3, err_msg=str(name))
+
+
+def test_only_an_engine_that_needs_them_has_pages_for_experts(made):
+    from jlora.build import build_engine
+
+    folder, paths, _ = made
+    few: dict[str, Any] = {"max_num_seqs": 1, "max_loras": 1, "lora_memory": "2pages"}
+    parts = build_engine(options(folder, {"attention": paths["attention"]}, **few))
+    try:
+        assert parts.plan is not None
+        plain = parts.plan.adapter_pages
+        with pytest.raises(
+            AdapterError, match="start it with --lora-support experts, or with such"
+        ):
+            parts.store.load("each", str(paths["each"]))
+    finally:
+        parts.engine.shutdown(0)
+    parts = build_engine(options(folder, {"each": paths["each"]}, **few))
+    try:
+        entry = parts.store.resolve("each", parts.names)
+        assert entry is not None
+        assert {"experts.up_proj", "gate"} <= set(entry.modules)
+        assert parts.plan is not None
+        page = parts.plan.adapter_pages // 3
+        # 7 experts, 2 sparse layers, pages of 8 ranks in float32: gate and up, then down
+        experts_only = 2 * 8 * 4 * (7 * (2 * 64 + 2 * 41 + 41 + 64) + 64 + 7)
+        assert page == plain // 3 + experts_only
+    finally:
+        parts.engine.shutdown(0)
