@@ -1,18 +1,22 @@
 """Adapters on routers and experts that are broken: refused in one line that says where."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from jlora.adapters.peft import read_adapter
 from jlora.errors import AdapterError
 from jlora.models.config import ModelConfig
 from tests import tiny
 from tests.adapters.folders import write
+from tests.adapters.test_fuzz import one_line
 
 MIXTRAL, QWEN3 = (
     ModelConfig.from_dict(tiny.model_config(name)) for name in ("mixtral", "qwen3_moe")
@@ -217,3 +221,65 @@ def test_a_file_in_each_way_without_the_config_that_peft_adds_is_read(tmp_path: 
     facts = config(target_parameters=["gate_up_proj", "down_proj"])
     adapter = read_adapter(write(tmp_path / "b", facts, tensors), MIXTRAL)
     assert json.dumps(sorted({module for _, module in adapter.touched})).count("w2") == 5
+
+
+NAMES = st.builds(
+    lambda layer, block, module, suffix: f"{PREFIX}{layer}.{block}.{module}.{suffix}",
+    st.sampled_from(["0", "1", "7", "x"]),
+    st.sampled_from(["mlp", "block_sparse_moe", "self_attn"]),
+    st.sampled_from(
+        ["experts", "experts.base_layer", "experts.0.w1", "experts.4.w2", "experts.5.w3", "gate",
+         "experts.0.up_proj", "experts.w1", "experts.base_layer.base_layer", "gate_proj", ""]
+    ),
+    st.sampled_from(
+        ["lora_A.weight", "lora_B.weight", "lora_A.default.weight", "lora_B.bias", "weight", "bias",
+         "base_layer.weight", "lora_magnitude_vector", "modules_to_save.weight", ""]
+    ),
+)  # fmt: skip
+SHAPES = st.lists(st.sampled_from([0, 1, 4, 5, 20, 64, 96, 192]), max_size=3)
+VALUES = st.one_of(
+    st.sampled_from([None, True, "gate", 0, 5, "all-linear", "pissa", "0.18.1", "\n", 1e40]),
+    st.lists(
+        st.sampled_from(
+            [*BOTH, "gate_up_proj", "down_proj", "gate.weight", "w1", "gate", "experts.0.w1", "",
+             "q_proj.weight", ".", "mlp.experts.9.w2", "layers.7.mlp.experts.0.w1", "\n", "(a+)+$"]
+        ),
+        max_size=3,
+    ),
+)  # fmt: skip
+FIELDS = ("target_modules", "target_parameters", "r", "peft_version", "use_dora", "exclude_modules",
+          "modules_to_save", "init_lora_weights", "layers_to_transform")  # fmt: skip
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.sampled_from([each, stacked, dict]),
+    st.dictionaries(NAMES, SHAPES, max_size=3),
+    st.dictionaries(st.sampled_from(FIELDS), VALUES, max_size=3),
+    st.integers(0, 40),
+)
+def test_whatever_files_about_experts_hold_they_load_or_are_refused_in_one_line(
+    tmp_path_factory: pytest.TempPathFactory,
+    start: Callable[[], Tensors],
+    more: dict[str, list[int]],
+    changes: dict[str, Any],
+    lost: int,
+) -> None:
+    tensors = start() | {key: np.ones(shape, np.float32) for key, shape in more.items()}
+    for key in list(tensors)[lost : lost + 1]:
+        del tensors[key]
+    facts = config(target_parameters=BOTH) if start is stacked else config(target_modules=["w1"])
+    folder = write(tmp_path_factory.mktemp("fuzz"), facts | changes, tensors)
+    try:
+        adapter = read_adapter(folder, MIXTRAL)
+    except AdapterError as error:
+        one_line(error)
+    else:
+        for (layer, module), own in adapter.weights.items():
+            width, out = MIXTRAL.shape(module)
+            assert (layer < 2, own.a.shape, own.b.shape) == (
+                True,
+                (own.rank, width),
+                (out, own.rank),
+            )
+    shutil.rmtree(folder)
