@@ -17,8 +17,9 @@ import numpy as np
 from jlora.adapter_text import AdapterTexts
 from jlora.adapters.adapter import LEVELS, Adapter, Support
 from jlora.adapters.entry import AdapterEntry
+from jlora.adapters.groups import page_bytes
 from jlora.adapters.peft import read_adapter, required_support
-from jlora.adapters.pool import RankPages, StagedAdapter, page_bytes
+from jlora.adapters.pool import RankPages, StagedAdapter
 from jlora.adapters.store import AdapterStore
 from jlora.demo import DEMO_ADAPTERS
 from jlora.demo.model import cache_folder, demo_model_folder

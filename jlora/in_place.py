@@ -14,7 +14,8 @@ from jaxtyping import Float
 
 from jlora.adapters.adapter import NO_LAYER
 from jlora.adapters.entry import AdapterEntry
-from jlora.adapters.pool import HostPage, RankPages, StagedAdapter, groups_of, in_layers
+from jlora.adapters.groups import groups_of, in_layers
+from jlora.adapters.pool import HostPage, RankPages, StagedAdapter
 from jlora.adapters.store import AdapterStore
 from jlora.engine.engine import Engine
 from jlora.engine.programs import Programs

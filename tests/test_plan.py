@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from jlora import plan
-from jlora.adapters.pool import page_bytes
+from jlora.adapters.groups import page_bytes
 from jlora.benchmark.load import Run
 from jlora.benchmark.results import Results
 from jlora.benchmark.rounds import Case, Measurement

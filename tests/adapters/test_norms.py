@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from jlora.adapters.adapter import LEVELS, NO_LAYER, level_of
+from jlora.adapters.groups import page_bytes
 from jlora.adapters.mix import mixed
 from jlora.adapters.peft import read_adapter, required_support
-from jlora.adapters.pool import RankPages, page_bytes
+from jlora.adapters.pool import RankPages
 from jlora.errors import AdapterError
 from jlora.models.base import BaseWeights
 from jlora.models.config import ModelConfig

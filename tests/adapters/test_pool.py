@@ -13,8 +13,9 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from jlora.adapters.adapter import Adapter
+from jlora.adapters.groups import page_bytes
 from jlora.adapters.peft import read_adapter
-from jlora.adapters.pool import RankPages, page_bytes
+from jlora.adapters.pool import RankPages
 from jlora.errors import AdapterError
 from jlora.models.config import GROUPS, PROJECTIONS, ModelConfig
 from jlora.sharding import Layout, make_mesh
