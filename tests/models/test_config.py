@@ -205,7 +205,10 @@ def test_longrope_frequencies_equal_those_of_transformers(kind, original):
 
     config = model_config("phi4_mini", original_max_position_embeddings=original)
     config["rope_scaling"] = config["rope_scaling"] | {"type": kind}
-    ours, theirs = ModelConfig.from_dict(config), transformers.AutoConfig.for_model(**config)
+    ours = ModelConfig.from_dict(config)
+    # transformers adds the length itself for the types that it lists; "su" is not one of them.
+    scaling_of_theirs = config["rope_scaling"] | {"original_max_position_embeddings": original}
+    theirs = transformers.AutoConfig.for_model(**(config | {"rope_scaling": scaling_of_theirs}))
     assert (ours.default_context, ours.for_context(original).rope.long) == (original, False)
     for length in (original, original + 1):
         frequencies, scaling = ROPE_INIT_FUNCTIONS["longrope"](theirs, "cpu", seq_len=length)
