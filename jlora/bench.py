@@ -110,6 +110,7 @@ def in_process(
 
         async def go() -> bool:
             subject = EngineSubject(llm, folders)
+            await subject.settle()
             return await run(subject, workload, schedule, results, bars, options, started)
 
         return asyncio.run(go())

@@ -396,7 +396,14 @@ def test_in_process_with_random_adapters(
     argv += ["--max-loras", "3", "--max-num-batched-tokens", "32"]
     argv += ["--random-adapters", "3", "--ranks", "4,24", "--concurrency", "2", "--repeats", "1"]
     argv += ["--systems", "base", "compiled", "merged", "unmerged", "--room", "1"]
-    threads, add_delta = set(), merged.add_delta
+    threads, add_delta, settled = set(), merged.add_delta, []
+    run = bench.run
+
+    async def only_when_settled(subject: Any, *args: Any) -> bool:
+        settled.append(subject._engine.settled)
+        return await run(subject, *args)
+
+    monkeypatch.setattr(bench, "run", only_when_settled)
 
     def add(*args: Any) -> Any:
         threads.add(threading.current_thread().name)
@@ -415,6 +422,7 @@ def test_in_process_with_random_adapters(
     assert rows[f"merged {three}"]["switches"] > rows[f"merged {one}"]["switches"] == 0
     assert rows[f"unmerged {three}"]["evicted_from_device"] > 0
     assert rows[f"unmerged {one}"]["evicted_from_device"] == 0
+    assert settled == [True]
     assert threads == {"jlora-engine"}, "between its steps, never beside one"
     assert rows["base"]["rss"] > 1e8
     assert document["plan"]["adapter_page_count"] == 3  # room for one adapter of rank 24

@@ -1,5 +1,6 @@
 """What is measured: an engine in this process, as each system of a comparison, or a server."""
 
+import asyncio
 import os
 import time
 from collections.abc import AsyncIterator, Mapping
@@ -23,6 +24,12 @@ class EngineSubject:
         self._llm, self._folders = llm, folders
         self._target = EngineTarget(llm)
         self._merge: Any = None
+
+    async def settle(self) -> None:
+        """Until every program has run once. The engine does that in idle moments; a request that
+        comes meanwhile waits for it, and would be measured so."""
+        while self._engine.ready and not self._engine.settled:
+            await asyncio.sleep(0.02)
 
     @asynccontextmanager
     async def target(self, case: Case) -> AsyncIterator[Target]:

@@ -99,6 +99,11 @@ class Engine:
         return self.runner.compiled_shapes
 
     @property
+    def settled(self) -> bool:
+        """Whether no first runs of programs are left for idle moments."""
+        return self.runner.settled
+
+    @property
     def ready(self) -> bool:
         """Whether requests are being served."""
         return self._thread.is_alive() and self._failed is None

@@ -171,17 +171,23 @@ class Runner:
         self.slots = self._count(self.slots, trash, nothing, np.zeros(COUNT_TOKENS, bool))
         jax.block_until_ready(self.slots)
 
+    @property
+    def settled(self) -> bool:
+        """Whether every program has run once: the first run of one takes a second on a CPU."""
+        return not self._first_runs
+
     def first_run(self) -> bool:
         """Runs a step that never ran, on padding; False if there is none. For idle moments: else
         the first request that needs the step waits for it."""
         if not self._first_runs:
             return False
-        shape = self._first_runs.pop(0)
+        shape = self._first_runs[0]
         for kind in self.programs.kinds:
             arrays = empty(shape, self.config.max_num_seqs)
             if held := self._copied.get(shape.rank_pages):  # keep the copies that requests use
                 arrays["pages"][:] = held[0]
             jax.block_until_ready(self._run(shape, arrays, kind))
+        del self._first_runs[0]
         return True
 
     # ---- running --------------------------------------------------------------------------

@@ -88,6 +88,7 @@ class FakeEngine:
     ready: bool = True
     failure: str | None = None
     merged: Any | None = None
+    settled: bool = True
     requests: list[Running] = field(default_factory=list)
     """Every request that was ever submitted."""
 
