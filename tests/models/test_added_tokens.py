@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tests.models.steps import Piece, Steps
-from tests.models.test_decoder_kinds import ALL, make_adapter, reference
+from tests.models.test_decoder_kinds import ALL, make_adapter, move_trained, reference
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -45,12 +45,7 @@ def make_added(model_folder: Path, folder: Path, form: str, added: int = ADDED) 
         index = options["trainable_token_indices"]
         options["trainable_token_indices"] = {"embed_tokens": index, "lm_head": index}
     model = peft.get_peft_model(model, peft.LoraConfig(**options))
-    with torch.no_grad():
-        for name, tensor in model.named_parameters():
-            if tensor.requires_grad:
-                near = "magnitude" in name or "tokens_delta" in name or "modules_to_save" in name
-                size = float(tensor.abs().mean()) if near else 0.3
-                tensor.add_(torch.randn_like(tensor) * 0.5 * size)
+    move_trained(model)
     model.save_pretrained(folder, save_embedding_layers=not form.endswith("alone"))
     return folder
 

@@ -71,6 +71,16 @@ def fused(options: dict[str, Any]) -> dict[str, Any]:
     return options | {"target_modules": list(targets)} | changes
 
 
+def move_trained(model: Any) -> None:
+    """Every trained tensor by random amounts."""
+    with torch.no_grad():
+        for name, tensor in model.named_parameters():
+            if tensor.requires_grad:
+                near = "magnitude" in name or "tokens_delta" in name or "modules_to_save" in name
+                size = float(tensor.abs().mean()) if near else 0.3
+                tensor.add_(torch.randn_like(tensor) * 0.5 * size)
+
+
 def make_adapter(model_folder: Path, folder: Path, kind: str) -> Path:
     """A folder that peft wrote, every trained tensor moved by random amounts."""
     torch.manual_seed(len(kind))
@@ -79,12 +89,7 @@ def make_adapter(model_folder: Path, folder: Path, kind: str) -> Path:
         fused(KINDS[kind]) if hasattr(model.model.layers[0].mlp, "gate_up_proj") else KINDS[kind]
     )
     model = peft.get_peft_model(model, peft.LoraConfig(**options))
-    with torch.no_grad():
-        for name, tensor in model.named_parameters():
-            if tensor.requires_grad:
-                near = "magnitude" in name or "tokens_delta" in name or "modules_to_save" in name
-                size = float(tensor.abs().mean()) if near else 0.3
-                tensor.add_(torch.randn_like(tensor) * 0.5 * size)
+    move_trained(model)
     model.save_pretrained(folder)
     return folder
 
