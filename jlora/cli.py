@@ -1,18 +1,20 @@
 """Command lines from frozen dataclasses: one field is one flag, its docstring is the help.
 
 `parse(Options)` reads flags and `--config FILE` (TOML, or YAML by its suffix); flags win over the
-file. An unknown flag or key is an error. Errors are one line on stderr and exit status 2.
+file. An unknown flag or key is an error that says the nearest names. Errors are one line on stderr
+and exit status 2.
 """
 
 import argparse
 import ast
 import dataclasses
+import difflib
 import inspect
 import json
 import sys
 import textwrap
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from types import NoneType, UnionType
 from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -70,6 +72,33 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}\n")
+
+    def read(self, argv: Sequence[str] | None) -> dict[str, Any]:
+        """What was given, by field. Every unknown flag is named, with the flags that it is near to."""
+        found, rest = self.parse_known_args(argv)
+        known = [flag for flag in self._option_string_actions if flag.startswith("--")]
+        unknown = [text.partition("=")[0] for text in rest if text.startswith("-")]
+        if unknown:
+            help_of = f"python -m {self.prog} --help lists them"
+            lines = (f"unknown flag {flag}: {near(flag, known) or help_of}" for flag in unknown)
+            self.error("; ".join(lines))
+        if rest:
+            self.error(f"unexpected argument {rest[0]!r}: flags start with --")
+        return vars(found)
+
+
+def near(name: str, known: Iterable[str]) -> str:
+    """'did you mean this or that?', of the `known` names nearest to `name`; '' if none is near."""
+    plain = {_plain(text): text for text in known}
+    name = _plain(name).lower()
+    found = [name] if name in plain else difflib.get_close_matches(name, plain, n=2, cutoff=0.75)
+    if name and not found:
+        found = [text for text in plain if text.startswith(name)][:3]
+    return f"did you mean {' or '.join(plain[text] for text in found)}?" if found else ""
+
+
+def _plain(flag: str) -> str:
+    return flag.lstrip("-").replace("_", "-")
 
 
 def _flag(name: str) -> str:
@@ -152,9 +181,8 @@ def _from_file(cls: type, path: str) -> dict[str, Any]:
     for key, value in table.items():
         name = str(key).replace("-", "_")
         if name not in known:
-            raise ParameterError(
-                f"--config {path}: unknown key {key!r}; known: {', '.join(sorted(known))}", name
-            )
+            hint = near(name, known) or f"known are {', '.join(sorted(known))}"
+            raise ParameterError(f"--config {path}: unknown key {key!r}: {hint}", name)
         if name in values:
             raise ParameterError(f"--config {path}: {name} is there twice", name)
         values[name] = _convert(kind_of(hints[name]), value, f"--config {path}: {key}")
@@ -193,7 +221,7 @@ def parse(
 ) -> T:
     """An instance of `cls` from the command line. Exits with status 2 and one line when it is wrong."""
     parser = build_parser(cls, prog=prog or "jlora", accepted=accepted)
-    given = vars(parser.parse_args(argv))
+    given = parser.read(argv)
     given.pop("_accepted", None)
     try:
         path = given.pop("config", None)

@@ -73,9 +73,11 @@ class AdapterRoom:
         if not self.store.host_ready(entry):
             return None if entry.error is None else str(entry.error)
         if entry.pages > self.config.max_rank_pages:
+            config = self.config
             return (
-                f"the adapter has rank {entry.rank}, this server runs {self.config.max_rank} "
-                "at most (16 * the largest of rank_page_buckets)"
+                f"the adapter has rank {entry.rank}, this server runs {config.max_rank} at most "
+                f"({config.max_rank_pages} pages of {config.rank_page} ranks): start it with a "
+                "larger --max-loras"
             )
         return None
 

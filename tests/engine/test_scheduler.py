@@ -217,13 +217,14 @@ def test_a_broken_adapter_ends_its_requests_even_when_no_slot_is_free():
     assert "b" in loop.finished
 
 
-def test_an_adapter_too_large_for_any_step_is_refused_with_the_numbers():
-    loop = make(rank_page_buckets=(2,))
+@pytest.mark.parametrize("page", [8, 16])
+def test_an_adapter_too_large_for_any_step_is_refused_with_the_numbers(page: int):
+    loop = make(rank_page_buckets=(2,), rank_page=page)
     seq = loop.add("a", new(3), Entry("huge", rank=33))
     loop.run()
     assert seq.finish_reason == "error"
     assert "rank 33" in str(seq.error)
-    assert "32 at most" in str(seq.error)
+    assert f"{2 * page} at most (2 pages of {page} ranks)" in str(seq.error)
 
 
 def test_max_loras_and_rank_pages_bound_a_step_but_others_pass_the_blocked_one():

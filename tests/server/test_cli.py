@@ -1,6 +1,7 @@
 """Flags, config files and help texts come from the dataclasses and agree with them."""
 
 import dataclasses
+import importlib
 import io
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -104,6 +105,42 @@ def test_a_wrong_command_line_is_one_line(argv: list[str], words: str):
     assert words in refused(argv)
 
 
+@pytest.mark.parametrize(
+    ("command", "flag", "meant"),
+    [
+        ("serve", "--max-lora", "--max-loras"),
+        ("serve", "--max_loras", "--max-loras?"),
+        ("serve", "--prt=3", "--port?"),
+        ("serve", "-model", "--model?"),
+        ("serve", "--tensor-paralel-size", "--tensor-parallel-size?"),
+        ("serve", "--no-enable-prefix-cache", "--no-enable-prefix-caching"),
+        ("generate", "--temp", "--temperature?"),
+        ("bench", "--concurency", "--concurrency?"),
+        ("merge", "--ouput", "--output?"),
+        ("plan", "--adaptors", "--adapters?"),
+        ("inspect", "--modle", "--model?"),
+        ("inspect", "--quux", "python -m jlora.inspect --help"),
+    ],
+)
+def test_an_unknown_flag_of_any_command_is_answered_with_the_nearest_ones(
+    command: str, flag: str, meant: str, capsys: pytest.CaptureFixture[str]
+):
+    with pytest.raises(SystemExit) as caught:
+        importlib.import_module(f"jlora.{command}").main([flag, "4"])
+    assert caught.value.code == 2
+    line = capsys.readouterr().err
+    assert line.startswith(f"jlora.{command}: error: unknown flag {flag.partition('=')[0]}: ")
+    assert meant in line
+    assert line.count("\n") == 1
+
+
+def test_every_unknown_flag_is_named_and_a_stray_word_is_no_flag():
+    line = refused(["--prt", "1", "--max-lora", "2"])
+    assert "--prt: did you mean --port?" in line
+    assert "--max-lora: did you mean --max-loras" in line
+    assert "unexpected argument 'word'" in refused(["--port", "1", "word"])
+
+
 def write(tmp_path: Path, text: str, name: str = "c.toml") -> list[str]:
     file = tmp_path / name
     file.write_text(text)
@@ -127,7 +164,9 @@ def test_lists_of_a_config_file_take_texts_and_tables(tmp_path: Path):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("prot = 1", "prot"),
+        ("prot = 1", "unknown key 'prot': did you mean port?"),
+        ("max-lora = 1", "did you mean max_loras"),
+        ("zzz = 1", "known are api_key, "),
         ('port = "1"', "port"),
         ("port = true", "port"),
         ("port = 1.5", "port"),
@@ -172,7 +211,7 @@ def test_a_yaml_file_says_what_a_toml_file_says(tmp_path: Path, name: str):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("prot: 1", "prot"),
+        ("prot: 1", "unknown key 'prot': did you mean port?"),
         ("port: '1'", "port"),
         ("port: null", "port"),
         ("port: 1.5", "port"),
