@@ -13,6 +13,7 @@ ROOT = Path(__file__).parent.parent
 NO_JAX = [
     "errors",
     "shape",
+    "cast",
     "options",
     "parts",
     "outputs",
@@ -43,11 +44,12 @@ NO_JAX = [
     "server.metrics",
 ]
 
-HOST = {"jlora.errors", "jlora.shape"}
+HOST = {"jlora.errors", "jlora.shape", "jlora.cast"}
 ALLOWED = {
     "kernels_pallas": {"kernels_pallas"},
     "jlora.errors": set(),
     "jlora.shape": set(),
+    "jlora.cast": {"jlora.errors"},
     "jlora.models.config": {"jlora.errors", "jlora.models"},
     "jlora.sharding": {"jlora.models.config", "jlora.errors"},
     "jlora.batch": {"jlora.shape", "kernels_pallas"},

@@ -25,6 +25,7 @@ from jlora.adapters.adapter import (
     widened,
 )
 from jlora.adapters.groups import groups_by_level, groups_of, in_layers, page_bytes
+from jlora.cast import narrowed
 from jlora.errors import AdapterError
 from jlora.models.config import ADDED, EXPERT_GROUPS, VECTOR_GROUPS, ModelConfig
 from jlora.sharding import GROUP_AXES, Layout, sharding
@@ -287,14 +288,7 @@ class RankPages:
                     _put_vectors(page[group], own, index, here, source)
 
     def _cast(self, values: np.ndarray, adapter: Adapter, projection: str) -> np.ndarray:
-        with np.errstate(over="ignore"):
-            cast = values.astype(self.dtype)
-        if self.dtype != np.float32 and not np.isfinite(cast).all():
-            raise AdapterError(
-                f"{adapter.path}: values of {projection} up to {float(np.abs(values).max()):.3g} "
-                f"overflow {self.dtype.name}; serve with --dtype bfloat16 or float32"
-            )
-        return cast
+        return narrowed(values, self.dtype, f"{adapter.path}, {projection}", AdapterError)
 
     def write(self, staged: StagedAdapter | None, page_ids: Sequence[int]) -> None:
         """DONATES `self.pools`: puts page i of `staged` on the device's page `page_ids[i]`.

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from jlora.adapters.adapter import NO_LAYER
+from jlora.cast import narrowed
 from jlora.errors import AdapterError
 from jlora.export.changes import name_of
 from jlora.export.combine import Place
@@ -90,13 +91,7 @@ def _module(place: Place) -> str:
 
 def _check_fits(tensors: Mapping[str, np.ndarray], dtype: str) -> None:
     for name, tensor in tensors.items():
-        with np.errstate(over="ignore"):
-            fits = np.isfinite(tensor.astype(DTYPES[dtype][0])).all()
-        if not fits:
-            raise AdapterError(
-                f"{name}: values up to {float(np.abs(tensor).max()):.3g} do not fit {dtype}; use "
-                "--dtype bfloat16 or float32"
-            )
+        narrowed(tensor, DTYPES[dtype][0], name, AdapterError)
 
 
 def _config(made: Mapping[Place, Pair], rank: int, base: str) -> dict[str, object]:

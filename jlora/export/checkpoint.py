@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from jlora.cast import narrowed
 from jlora.errors import ModelError, ParameterError
 from jlora.export.changes import EMBED, HEAD, Change, Changes
 from jlora.export.folder import DTYPES, Entry, write_json, write_tensors, written_aside
@@ -210,15 +211,7 @@ def _block(
 ) -> np.ndarray:
     if change is None:
         return weight
-    merged = change.rows(weight, start)
-    with np.errstate(over="ignore"):
-        cast = merged.astype(kind)
-    if not np.isfinite(cast).all():
-        raise ModelError(
-            f"{plan.entry.name}: merged values up to {float(np.abs(merged).max()):.3g} do not fit "
-            f"{kind.name}; use --dtype bfloat16 or float32"
-        )
-    return cast
+    return narrowed(change.rows(weight, start), kind, f"{plan.entry.name}, merged", ModelError)
 
 
 def _write_index(folder: Path, shards: Sequence[Sequence[_Planned]]) -> None:

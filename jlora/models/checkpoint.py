@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from jlora.cast import narrowed
 from jlora.errors import ModelError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -134,14 +135,9 @@ class Checkpoint:
                     handles[stored.file] = stack.enter_context(safe_open(stored.file, "numpy"))
                 tensor = handles[stored.file].get_slice(stored.name)
                 block = _gather(tensor, stored.shape, rows, columns)
-                with np.errstate(over="ignore"):  # reported below, by name
-                    cast = block.astype(dtype, copy=False)
-                if dtype == np.float16 and not np.isfinite(cast).all():
-                    raise ModelError(
-                        f"{self.folder}: {name} has values that float16 cannot hold; "
-                        "use --dtype bfloat16 or float32"
-                    )
-                return cast
+                if dtype != np.float16:  # the others hold what is there
+                    return block.astype(dtype, copy=False)
+                return narrowed(block, dtype, f"{self.folder}: {name}", ModelError)
 
             yield read
 

@@ -152,7 +152,7 @@ def test_scaling_is_folded_in_float32_before_the_cast(
 
 def test_an_overflow_of_the_devices_dtype_is_refused(tmp_path: Path) -> None:
     huge = adapter(tmp_path, CFG, alpha=1e7)
-    with pytest.raises(AdapterError, match="overflow float16; serve with --dtype bfloat16"):
+    with pytest.raises(AdapterError, match="do not fit float16; use --dtype bfloat16"):
         RankPages(CFG, Layout(CFG, 1), make_mesh(1), 1, np.float16).stage(huge)
 
 
