@@ -56,16 +56,8 @@ def make_each(
         tensors[f"{PREFIX}{module}.lora_B.weight"] = b.astype(np.float32)
     if not dense:  # the last word alone would name dense layers too
         targets = tuple(key[len(PREFIX) :].partition(".lora_")[0] for key in tensors if "_A" in key)
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": str(model),
-        "r": r,
-        "lora_alpha": alpha,
-        "target_modules": list(targets),
-        "inference_mode": True,
-    }
-    return write(folder, config | changes, tensors)
+    config = tiny.adapter_config(model, targets, r=r, lora_alpha=alpha, **changes)
+    return tiny.write_adapter(folder, config, tensors)
 
 
 def make_stacked(
@@ -120,7 +112,7 @@ def turn(model: Path, stacked: Path, folder: Path, version: str | None = "0.18.1
         tensors[key] = np.ascontiguousarray(by_expert.reshape(experts * rank, -1))
         by_rank = a.reshape(experts, rank, -1).transpose(2, 1, 0)  # [in, r, E]
         tensors[other] = np.ascontiguousarray(by_rank.reshape(-1, rank * experts))
-    return write(folder, config, tensors)
+    return tiny.write_adapter(folder, config, tensors)
 
 
 def merged(model: Path, each: Path, folder: Path) -> Path:
@@ -139,12 +131,4 @@ def merged(model: Path, each: Path, folder: Path) -> Path:
         tensors[f"{module.removeprefix(PREFIX)}.weight"] += np.float32(scaling) * (b @ a)
     shutil.copytree(model, folder)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
-
-
-def write(folder: Path, config: dict[str, Any], tensors: dict[str, np.ndarray]) -> Path:
-    """An adapter's folder."""
-    folder.mkdir(parents=True)
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     return folder

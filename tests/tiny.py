@@ -227,21 +227,16 @@ def make_adapter(
     model, folder = Path(model), Path(folder)
     if json.loads((model / "config.json").read_text())["model_type"] == "phi3":
         targets = list(dict.fromkeys(FUSED.get(name, name) for name in targets))
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": str(model),
-        "r": r,
-        "lora_alpha": alpha,
-        "target_modules": list(targets),
-        "use_rslora": rslora,
-        "rank_pattern": rank_pattern or {},
-        "alpha_pattern": alpha_pattern or {},
-        "layers_to_transform": layers,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "init_lora_weights": True,
-    }
+    config = adapter_config(
+        model,
+        targets,
+        r=r,
+        lora_alpha=alpha,
+        use_rslora=rslora,
+        rank_pattern=rank_pattern or {},
+        alpha_pattern=alpha_pattern or {},
+        layers_to_transform=layers,
+    )
     made = _adapter_tensors(model, config, seed, effect)
     # experts have no adapters: a target that only they have is none
     config["target_modules"] = [
@@ -252,9 +247,33 @@ def make_adapter(
     if writer == "peft":
         _save_with_peft(model, folder, config, tensors, dtype)
     else:
-        folder.mkdir(parents=True)
-        _write_json(folder / "adapter_config.json", config | {"inference_mode": True})
-        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        write_adapter(folder, config, tensors)
+    return folder
+
+
+def adapter_config(
+    model: Path, targets: tuple[str, ...] | list[str], **more: Any
+) -> dict[str, Any]:
+    """An adapter_config.json as peft writes it; `more` are its keys."""
+    plain = {"lora_dropout": 0.0, "bias": "none", "init_lora_weights": True}
+    return (
+        {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": str(model),
+            "target_modules": list(targets),
+            "inference_mode": True,
+        }
+        | plain
+        | more
+    )
+
+
+def write_adapter(folder: Path, config: dict[str, Any], tensors: dict[str, np.ndarray]) -> Path:
+    """An adapter's folder, without peft."""
+    folder.mkdir(parents=True)
+    _write_json(folder / "adapter_config.json", config)
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     return folder
 
 
