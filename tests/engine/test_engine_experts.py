@@ -67,23 +67,65 @@ def test_every_dialect_in_one_batch_generates_and_scores_as_peft_does_alone(made
     finally:
         parts.engine.shutdown(0)
     for (name, job), prompt in zip(jobs.items(), PROMPTS, strict=False):
-        base = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, experts_implementation="eager"
-        )
-        tokens = [*prompt, *job.tokens]
-        at = np.arange(len(tokens) - 1)
-        plain = logprobs(base, tokens)[at, tokens[1:]]
-        model = base if name is None else peft.PeftModel.from_pretrained(base, read_by_peft[name])
-        want = logprobs(model, tokens)
-        scored = want[at, tokens[1:]]
+        model = fresh(folder)
         if name is not None:
-            assert np.abs(scored - plain).max() > 0.5, f"{name} does nothing"
-        assert len(job.tokens) == NEW
-        assert job.tokens == want[len(prompt) - 1 : -1].argmax(-1).tolist(), name
-        entries = [e for event in job.events for e in event.prompt_logprobs or ()]
-        got = [entry.logprob for entry in entries if entry is not None]
-        got += [entry.logprob for event in job.events for entry in event.logprobs or ()]
-        np.testing.assert_allclose(got, scored, rtol=0, atol=2e-3, err_msg=str(name))
+            model = peft.PeftModel.from_pretrained(model, read_by_peft[name])
+        check_scores(job, prompt, model, None if name is None else fresh(folder), str(name))
+
+
+def fresh(folder: Any) -> Any:
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, experts_implementation="eager"
+    )
+
+
+def check_scores(job: Job, prompt: list[int], model: Any, base: Any, name: str) -> None:
+    """The greedy tokens and all scores of `model`, which must be far from those of `base`, if given."""
+    tokens = [*prompt, *job.tokens]
+    at, want = np.arange(len(tokens) - 1), logprobs(model, tokens)
+    scored = want[at, tokens[1:]]
+    if base is not None:
+        plain = logprobs(base, tokens)[at, tokens[1:]]
+        assert np.abs(scored - plain).max() > 0.5, f"{name} does nothing"
+    assert len(job.tokens) == NEW
+    assert job.tokens == want[len(prompt) - 1 : -1].argmax(-1).tolist(), name
+    entries = [e for event in job.events for e in event.prompt_logprobs or ()]
+    got = [entry.logprob for entry in entries if entry is not None]
+    got += [entry.logprob for event in job.events for entry in event.logprobs or ()]
+    np.testing.assert_allclose(got, scored, rtol=0, atol=2e-3, err_msg=name)
+
+
+def mixed_by_peft(folder: Any, terms: dict[Any, float]) -> Any:
+    """The base plus, for each term, its weight times what peft's merge changes in each parameter."""
+    base, changed = fresh(folder).state_dict(), fresh(folder)
+    total = {name: value.clone() for name, value in base.items()}
+    for path, weight in terms.items():
+        merged = peft.PeftModel.from_pretrained(fresh(folder), path).merge_and_unload().state_dict()
+        assert merged.keys() == base.keys()
+        for name, value in merged.items():
+            total[name] += weight * (value - base[name])
+    changed.load_state_dict(total)
+    return changed
+
+
+def test_a_mix_of_expert_adapters_is_the_weighted_sum_of_what_peft_merges_for_each(made):
+    """Of two dialects; and of one on experts with one on attention alone."""
+    from jlora.build import build_engine
+
+    folder, paths, read_by_peft = made
+    mixes = ({"each": 0.6, "turned": -0.8}, {"attention": 1.0, "stacked": 0.5})
+    names = ["+".join(f"{name}*{weight}" for name, weight in mix.items()) for mix in mixes]
+    parts = build_engine(options(folder, paths))
+    try:
+        asked = list(zip(names, PROMPTS, strict=False))
+        jobs = [Job(parts, prompt, name, logprobs=0, prompt_logprobs=0) for name, prompt in asked]
+        for job in jobs:
+            assert job.done.wait(120)
+    finally:
+        parts.engine.shutdown(0)
+    for (name, prompt), job, mix in zip(asked, jobs, mixes, strict=True):
+        want = mixed_by_peft(folder, {read_by_peft[part]: weight for part, weight in mix.items()})
+        check_scores(job, prompt, want, fresh(folder), name)
 
 
 def test_only_an_engine_that_needs_them_has_pages_for_experts(made):
