@@ -5,16 +5,16 @@ fast it can be, and how far such figures were from what was measured.
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from rich.box import MARKDOWN
 from rich.console import Console
 from rich.table import Table
 
-from jlora.benchmark.results import measurement, read_lines
-from jlora.benchmark.rounds import summarise
-from jlora.benchmark.shapes import SHAPES, shape_config
+from jlora.benchmark.against import Comparison, compare
+from jlora.benchmark.shapes import SHAPES, model_config, shape_config
 from jlora.cli import fail, parse
 from jlora.console import size
 from jlora.errors import JloraError, ParameterError
@@ -74,8 +74,9 @@ class PlanOptions:
     tflops: float | None = None
     """Its 10^12 operations per second, if measured."""
 
-    check: str | None = None
-    """A results file of jlora.bench: computed against measured, with the error."""
+    against: tuple[str, ...] = ()
+    """Results files of jlora.bench: forecast against measured, with the error, where model and device
+    are these."""
 
     json: bool = False
     """Print one JSON document."""
@@ -112,34 +113,21 @@ class PlanOptions:
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(PlanOptions, argv, prog=PROG)
     try:
-        cfg, device = config_of(options.model), options.hardware()
+        cfg, device = model_config(options.model), options.hardware()
         if cfg.experts is not None:
             raise ParameterError(f"{cfg.name}: models with experts cannot be planned yet", "model")
         plan = compute(options, cfg, device)
-        checked = [] if options.check is None else check(Path(options.check))
+        found = compare([Path(path) for path in options.against], cfg, device)
     except JloraError as error:
         fail(PROG, error)
     if options.json:
-        print(json.dumps(plan | {"checked": checked}))
+        print(json.dumps(plan | {"against": asdict(found)}))
         return 0
     show(options, cfg, device, plan)
-    if options.check is not None:
-        show_checked(checked, options.check)
+    if options.against:
+        # A pipe has no width; the tables would be folded.
+        show_against(found, Console(width=None if sys.stdout.isatty() else 200, highlight=False))
     return 0
-
-
-def config_of(model: str) -> ModelConfig:
-    """From a shape's name, a folder or a config.json."""
-    path = Path(model)
-    if model in SHAPES:
-        return shape_config(model)
-    if path.is_file():
-        return ModelConfig.from_folder(path.parent)
-    if path.is_dir():
-        return ModelConfig.from_folder(path)
-    raise ParameterError(
-        f"model {model!r} is no folder, and no shape: {', '.join(SHAPES)}", "model"
-    )
 
 
 def compute(options: PlanOptions, cfg: ModelConfig, device: Device) -> dict[str, Any]:
@@ -155,7 +143,7 @@ def compute(options: PlanOptions, cfg: ModelConfig, device: Device) -> dict[str,
     )
     most = min(options.adapters, options.rows)
     active = most if options.active is None else options.active
-    step = {"rows": options.rows, "context": options.context, "rank": options.rank}
+    step: dict[str, Any] = {"rows": options.rows, "context": options.context, "rank": options.rank}
     without = floor(cfg, device, active=0, dtype=dtype, **step)
     least = floor(cfg, device, active=active, dtype=dtype, **step)
     shapes = {name: shape_config(name) for name in SHAPES}
@@ -201,44 +189,6 @@ def measured_error(point: Measured, share: float) -> dict[str, Any]:
         "error": least / share / point.step - 1,
         "source": point.source,
     }
-
-
-def check(path: Path) -> list[dict[str, Any]]:
-    """Steps of a benchmark in process beside their floor, and the plan's bytes beside the process's."""
-    lines = read_lines(path)
-    sessions = {line["settings"]: line for line in lines if line["kind"] == "session"}
-    found = []
-    for settings, session in sessions.items():
-        runs = [line for line in lines if line["kind"] == "run" and line["settings"] == settings]
-        kind = str((session.get("device") or {}).get("kind")).lower()
-        device = next((known for known in DEVICES.values() if known.name in kind), None)
-        if not runs or not session.get("plan") or device is None:
-            continue
-        work = session["workload"]
-        cfg = config_of(work["model"] or work["shape"] or "smollm2-135m")
-        context = work["random_input_len"] + work["random_output_len"] / 2
-        for row in summarise([measurement(line) for line in runs]):
-            if row["system"] not in ("base", "unmerged") or work["arrivals"] != "closed":
-                continue
-            rows, ranks = int(row["load"]), [int(r) for r in (row["ranks"] or "0").split(",")]
-            active = 1 if row["popularity"] == "identical" else min(row["adapters"], rows)
-            least = floor(
-                cfg, device, rows=rows, context=context, active=active,
-                rank=sum(ranks) / len(ranks), dtype=device.dtype,
-            )  # fmt: skip
-            planned = sum(
-                session["plan"][name]
-                for name in ("weights", "adapter_pages", "adapter_copies", "kv_pages")
-            )
-            found.append(
-                {
-                    "case": row["case"], "rows": rows, "floor_ms": 1e3 * least.seconds,
-                    "measured_ms": row["itl_p50"],
-                    "reached": 1e3 * least.seconds / max(row["itl_p50"], 1e-9),
-                    "planned": planned, "rss": row.get("rss"),
-                }
-            )  # fmt: skip
-    return found
 
 
 def show(options: PlanOptions, cfg: ModelConfig, device: Device, plan: dict[str, Any]) -> None:
@@ -288,26 +238,63 @@ def expected(plan: dict[str, Any]) -> str:
     )
 
 
-def show_checked(rows: Sequence[dict[str, Any]], path: str) -> None:
-    """Computed beside measured."""
-    table = Table(
-        "case",
-        "rows",
-        "floor ms",
-        "ITL p50 ms",
-        "of floor",
-        "planned",
-        "RSS",
-        "beyond plan",
-        title=path,
-    )
-    for row in rows:
-        rss = row["rss"] or 0
-        table.add_row(
-            row["case"], str(row["rows"]), f"{row['floor_ms']:.1f}", f"{row['measured_ms']:.1f}",
-            f"{row['reached']:.2f}", size(row["planned"]), size(int(rss)), size(max(0, int(rss - row["planned"]))),
-        )  # fmt: skip
-    Console(width=None if sys.stdout.isatty() else 110).print(table)
+def show_against(found: Comparison, out: Console) -> None:
+    """Computed beside measured. Tables in Markdown, so that they can be pasted."""
+    if found.steps:
+        heads = ("decode step", "rows", "adapters", "floor ms", "forecast", "measured", "error")
+        more = ("from its base", "error", "tok/s forecast", "measured", "error", "spread")
+        table = right_aligned(*heads, *more)
+        for step in found.steps:
+            table.add_row(
+                f"{label(step.source)}: {step.case}", str(step.rows), f"{step.active:.3g}",
+                *map(ms, (step.floor, step.forecast, step.measured)), share(step.error),
+                ms(step.from_base), share(step.error_from_base),
+                "-" if step.tok_s_forecast is None else f"{step.tok_s_forecast:.0f}",
+                f"{step.tok_s:.0f}", share(step.tok_s_error), step.spread,
+            )  # fmt: skip
+        out.print(table)
+    if found.memory:
+        parts = ("weights", "adapter_pages", "kv_pages")
+        heads = (f"{part.replace('_', ' ')} (error)" for part in parts)
+        table = right_aligned("memory", "adapters", *heads, "planned", "process", "beyond the plan")
+        for held in found.memory:
+            planned = sum(held.engine.values())
+            table.add_row(
+                label(held.source), str(held.adapters),
+                *(f"{size(held.engine[part])} ({held.computed[part] / held.engine[part] - 1:+.2%})" for part in parts),
+                size(planned),
+                "-" if held.rss is None else size(int(held.rss)),
+                "-" if held.rss is None else size(int(held.rss - planned)),
+            )  # fmt: skip
+        out.print(table)
+    if not found.memory:
+        out.print("No measured run is of this model on this device.")
+    for why, count in found.left_out.items():
+        out.print(f"left out: {count} process{'es' if count > 1 else ''} {why}")
+
+
+def right_aligned(first: str, *heads: str) -> Table:
+    """A table of figures."""
+    table = Table(first, box=MARKDOWN)
+    for head in heads:
+        table.add_column(head, justify="right")
+    return table
+
+
+def label(source: str) -> str:
+    """An experiment's name, or that of the file."""
+    path = Path(source)
+    return path.parent.parent.name[:3] if path.parent.name == "results" else path.stem
+
+
+def ms(value: float | None) -> str:
+    """Milliseconds."""
+    return "-" if value is None else f"{value:.1f}"
+
+
+def share(value: float | None) -> str:
+    """An error."""
+    return "-" if value is None else f"{value:+.0%}"
 
 
 def gb(count: float) -> str:

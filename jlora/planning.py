@@ -180,15 +180,16 @@ def floor(
     *,
     rows: int,
     context: float,
-    active: int,
+    active: float,
     rank: float,
     dtype: str,
+    projections: Sequence[str] = PROJECTIONS,
 ) -> Floor:
     """Of a step with `rows` sequences of `context` tokens and `active` different adapters of `rank`."""
     size, count = ITEMSIZE[dtype], parameters(cfg)
     # The embedding is a look-up; the head is read whole, tied or not.
     read = count.layers + count.rest + count.embedding
-    adapter = adapter_parameters(cfg, 1) * rank
+    adapter = adapter_parameters(cfg, 1, projections) * rank
     products = (count.layers + count.embedding + (adapter if active else 0)) * rows
     attention = 2 * cfg.layers * cfg.heads * cfg.head_dim * context * rows
     return Floor(
@@ -197,6 +198,13 @@ def floor(
         kv=rows * context * kv_bytes_per_token(cfg, size) / device.bandwidth,
         compute=2 * (products + attention) / device.flops,
     )
+
+
+def prefill(cfg: ModelConfig, device: Device, tokens: int) -> float:
+    """The least time of a prompt's products, in seconds; its last token alone meets the head."""
+    attention = cfg.layers * cfg.heads * cfg.head_dim * tokens  # half of the pairs are seen
+    products = parameters(cfg).layers * tokens + parameters(cfg).embedding + attention * tokens
+    return 2 * products / device.flops
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -117,26 +117,124 @@ def test_a_device_that_nothing_was_measured_on_gets_no_forecast(
     assert "16.06 GB" in out
 
 
-def test_results_are_checked_against_the_floor(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    options = {"shape": "smollm2-135m", "model": None, "arrivals": "closed"}
-    options |= {"random_input_len": 64, "random_output_len": 32}
-    results = Results(str(tmp_path / "r.jsonl"), options)
-    sizes = dict.fromkeys(("weights", "adapter_pages", "adapter_copies", "kv_pages"), 10**8)
-    device = {"kind": "cpu"}
-    results.open_session({"workload": options, "plan": sizes, "device": device, "commit": "c"})
-    run: dict[str, Any] = dict.fromkeys(Run.__dataclass_fields__, 1.0) | {"itl_p50": 100.0}
-    for case in (Case(system="base"), Case(system="unmerged", adapters=4, ranks="8,16")):
-        one = Measurement(round=0, load=8, case=case, run=Run(**run), seen={"rss": 5e8})
-        results.add(one)
-    folder = str(write_shape("tiny", tmp_path))
-    assert plan.main(["--model", folder, "--check", str(tmp_path / "r.jsonl"), "--json"]) == 0
-    base, lora = json.loads(capsys.readouterr().out)["checked"]
-    assert base["planned"] == 4e8
-    assert base["rss"] == 5e8
+WORK: dict[str, Any] = {
+    "shape": "smollm2-135m", "model": None, "arrivals": "closed", "lengths": "fixed", "mesh": 1,
+    "dtype": "auto", "random_input_len": 64, "random_output_len": 32, "zipf_s": 1.5,
+    "power_alpha": 1.0, "max_num_seqs": 8, "max_loras": 4, "room": None,
+    "adapter_modules": ["q_proj", "v_proj"],
+}  # fmt: skip
+
+
+def write_results(path: Path, kind: str, others: float = 0.0, **changes: Any) -> str:
+    """A results file of `jlora.bench`: base, four adapters, sixteen of which four run at once."""
+    work = WORK | changes
+    results = Results(str(path), work)
+    plan = dict.fromkeys(("weights", "adapter_pages", "adapter_copies", "kv_pages"), 10**8)
+    plan |= {"adapter_page_rows": 8, "adapter_page_count": 4, "kv_tokens": 160, "kv_page_count": 11}
+    device = {"kind": kind}
+    facts = {"workload": work, "plan": plan, "device": device, "commit": "c"}
+    results.open_session(facts | {"model": work["shape"], "adapters": 4})
+    run: dict[str, Any] = dict.fromkeys(Run.__dataclass_fields__, 1.0) | {"tok_s": 60.0}
+    cases = (
+        Case(system="base"),
+        Case(system="merged", adapters=2, ranks="16"),
+        Case(system="unmerged", adapters=4, ranks="8,16"),
+        Case(system="unmerged", adapters=16, ranks="16", popularity="uniform"),
+    )
+    for case, itl in zip(cases, (100.0, 99.0, 120.0, 90.0), strict=True):
+        times: dict[str, Any] = run | {"itl_p50": itl}
+        seen = {"rss": 5e8, "others_cpu": others}
+        results.add(Measurement(round=0, load=16, case=case, run=Run(**times), seen=seen))
+    return str(path)
+
+
+def against(argv: list[str], capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    assert plan.main([*argv, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)["against"]
+
+
+CPU = ["--model", "smollm2-135m", "--device", "cpu"]
+
+
+def test_measured_runs_are_compared_with_floor_forecast_and_their_own_base(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    path = write_results(tmp_path / "r.jsonl", "cpu")
+    found = against([*CPU, "--against", path], capsys)
+    base, few, many = found["steps"]
+    assert [step["rows"] for step in found["steps"]] == [8, 8, 8]  # no more run at once
+    assert [step["active"] for step in found["steps"]] == [0, 4, 4]
     # 538 MB of float32 and 8 x 80 cached tokens at 20.6 GB/s
-    assert base["floor_ms"] == pytest.approx(27.5, rel=0.02)
-    assert base["reached"] == pytest.approx(0.275, rel=0.02)
-    assert lora["floor_ms"] > base["floor_ms"] * 1.05
+    assert base["floor"] == pytest.approx(27.5, rel=0.02)
+    # q and v of 30 layers: 30 (2 x 576 + 576 + 192) ranks of four adapters
+    assert few["floor"] - base["floor"] == pytest.approx(4 * 12 * 57600 * 4 / 20.6e6)
+    assert many["floor"] - base["floor"] == pytest.approx(4 * 16 * 57600 * 4 / 20.6e6)
+    timed = next(p for p in MEASURED if (p.device, p.rows, p.active) == ("cpu", 8, 0))
+    assert base["forecast"] == pytest.approx(timed.step * 1e3, rel=0.01)
+    for step, measured in zip(found["steps"], (100, 120, 90), strict=True):
+        assert step["measured"] == measured
+        assert step["error"] == pytest.approx(step["forecast"] / measured - 1)
+        assert step["tok_s_error"] == pytest.approx(step["tok_s_forecast"] / 60 - 1)
+    assert base["from_base"] is None
+    assert few["from_base"] == pytest.approx(100 * few["floor"] / base["floor"])
+    assert few["error_from_base"] == pytest.approx(few["from_base"] / 120 - 1)
+    # 64 tokens through 106 million parameters at 91 GFLOP/s, then 32 steps for 8 rows
+    each = 2 * 64 * 106.2e6 / 91e9 + 32 * base["forecast"] / 1e3 / 8
+    assert base["tok_s_forecast"] == pytest.approx(32 / each, rel=0.01)
+
+
+def test_a_process_is_compared_byte_by_byte(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    path = write_results(tmp_path / "r.jsonl", "cpu")
+    (held,) = against([*CPU, "--against", path], capsys)["memory"]
+    cfg = shape_config("smollm2-135m")
+    assert held["engine"] == dict.fromkeys(held["engine"], 10**8)
+    assert held["computed"]["weights"] == 4 * (PUBLISHED["smollm2-135m"] + 49152 * 576)
+    # four pages and the padding page; ten pages of 16 tokens and the one that is never read
+    assert held["computed"]["adapter_pages"] == 5 * page_bytes(Layout(cfg, 1), np.dtype("f4"), 8)
+    assert held["computed"]["kv_pages"] == 11 * 16 * 2 * 30 * 3 * 64 * 4
+    assert held["rss"] == 5e8
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "why"),
+    [
+        ("NVIDIA H100 80GB HBM3", {}, "on NVIDIA H100"),
+        ("cpu", {"shape": "tiny"}, "of tiny"),
+        ("cpu", {"model": "/no/such/folder"}, "which is not here"),
+        ("cpu", {"mesh": 2}, "2 devices"),
+        ("cpu", {"arrivals": "poisson"}, "memory alone"),
+        ("cpu", {"lengths": "uniform"}, "memory alone"),
+        ("cpu", {"others": 0.5}, "others took the cores: memory alone"),
+    ],
+)
+def test_runs_of_other_models_devices_and_loads_are_left_out_and_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str, changes: dict[str, Any], why: str
+):
+    found = against([*CPU, "--against", write_results(tmp_path / "r", kind, **changes)], capsys)
+    assert found["steps"] == []
+    ((reason, count),) = found["left_out"].items()
+    assert why in reason
+    assert count == 1
+    assert len(found["memory"]) == ("memory" in why)
+
+
+def test_the_same_shape_on_the_same_card_matches_whatever_the_driver_calls_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """Two files in one call; a card's process has its weights elsewhere, so no RSS is shown."""
+    files = [
+        write_results(tmp_path / "a", "NVIDIA H100 80GB HBM3", shape="llama-3.1-8b"),
+        write_results(tmp_path / "b", "cpu"),
+    ]
+    argv = ["--model", "llama-3.1-8b", "--device", "h100", "--against", *files]
+    found = against(argv, capsys)
+    assert len(found["steps"]) == 3
+    assert found["memory"][0]["rss"] is None
+    assert found["memory"][0]["computed"]["weights"] == 2 * PUBLISHED["llama-3.1-8b"]
+    assert plan.main(argv) == 0
+    out = capsys.readouterr().out
+    assert "a: unmerged 4 distinct r8,16" in out
+    assert "left out: 1 process on cpu" in out
 
 
 def test_a_shapes_folder_is_a_model(tmp_path: Path):
@@ -156,6 +254,7 @@ def test_a_shapes_folder_is_a_model(tmp_path: Path):
         (["--adapters", "-1"], "adapters"),
         (["--utilization", "2"], "utilization"),
         (["--bandwidth-gb", "0"], "bandwidth_gb"),
+        (["--against", "/no/such/file"], "there is no such file"),
     ],
 )
 def test_a_users_mistake_is_one_line(argv: list[str], says: str, capsys: pytest.CaptureFixture):

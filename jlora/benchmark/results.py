@@ -6,13 +6,16 @@ settings may lie in the same file: `settings` tells them apart.
 
 import hashlib
 import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from jlora.benchmark.load import Run
-from jlora.benchmark.rounds import Case, Measurement
+from jlora.benchmark.rounds import Case, Measurement, summarise
 from jlora.errors import ParameterError
+
+DISTURBED = 0.1
+"""Runs during which other processes took more of the cores count for nothing, base or not."""
 
 
 def fingerprint(settings: dict[str, Any]) -> str:
@@ -92,3 +95,35 @@ def measurement(line: dict[str, Any]) -> Measurement:
         run=Run(**run),
         seen=line["seen"],
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """The results of one process's settings."""
+
+    session: dict[str, Any]
+    """Versions, commit, command, device, memory plan, all options (`workload`)."""
+    rows: list[dict[str, Any]]
+    """Medians by load and case."""
+    commits: tuple[str, ...]
+    """Of all sessions that measured; several if the code changed between them."""
+
+    def of(self, system: str) -> list[dict[str, Any]]:
+        """The rows of a system."""
+        return [row for row in self.rows if row["system"] == system]
+
+
+def read_groups(path: Path) -> list[Group]:
+    """The results of a file by settings, in the order in which they were first measured, without
+    the disturbed runs; all of them if there are no others (memory is as it is)."""
+    lines = read_lines(path) if path.exists() else []
+    groups = []
+    for settings in dict.fromkeys(line["settings"] for line in lines):
+        here = [line for line in lines if line["settings"] == settings]
+        sessions = [line for line in here if line["kind"] == "session"]
+        every = [measurement(line) for line in here if line["kind"] == "run"]
+        runs = [run for run in every if run.seen.get("others_cpu", 0.0) <= DISTURBED] or every
+        if sessions and runs:
+            commits = tuple(dict.fromkeys(str(line["commit"]) for line in sessions))
+            groups.append(Group(session=sessions[-1], rows=summarise(runs), commits=commits))
+    return groups

@@ -65,6 +65,18 @@ def shape_config(name: str) -> ModelConfig:
     return ModelConfig.from_dict(SHAPES[name] | {"_name_or_path": name})
 
 
+def model_config(model: str) -> ModelConfig:
+    """The facts of a named shape, of a model folder, or of a config.json. ParameterError for others."""
+    path = Path(model)
+    if model in SHAPES:
+        return shape_config(model)
+    if path.exists():
+        return ModelConfig.from_folder(path.parent if path.is_file() else path)
+    raise ParameterError(
+        f"model {model!r} is no folder, and no shape: {', '.join(SHAPES)}", "model"
+    )
+
+
 def write_shape(name: str, root: str | Path) -> Path:
     """A model folder without weights, for --load-format dummy: config.json and a tokenizer of bytes."""
     shape_config(name)
