@@ -277,7 +277,8 @@ class RankPages:
             at += len(source)
             pair = adapter.weights.get((layer, projection))
             if pair is not None:
-                b = _take(pair.b.T, source).astype(np.float32) * np.float32(pair.scaling)
+                with np.errstate(over="ignore", invalid="ignore"):  # _cast says where
+                    b = _take(pair.b.T, source).astype(np.float32) * np.float32(pair.scaling)
                 for page, start in zip(pages, range(0, pair.rank, page_rows), strict=False):
                     rows = self._cast(b[start : start + page_rows], adapter, projection)
                     first = number * page_rows

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from jlora.adapters.adapter import Adapter
 from jlora.adapters.groups import page_bytes
+from jlora.adapters.mix import mixed
 from jlora.adapters.peft import read_adapter
 from jlora.adapters.pool import RankPages
 from jlora.errors import AdapterError
@@ -154,6 +155,15 @@ def test_an_overflow_of_the_devices_dtype_is_refused(tmp_path: Path) -> None:
     huge = adapter(tmp_path, CFG, alpha=1e7)
     with pytest.raises(AdapterError, match="do not fit float16; use --dtype bfloat16"):
         RankPages(CFG, Layout(CFG, 1), make_mesh(1), 1, np.float16).stage(huge)
+
+
+def test_a_mix_that_overflows_float32_is_refused(tmp_path: Path) -> None:
+    """Each of its adapters was read without an overflow; their weights come later."""
+    large = adapter(tmp_path, CFG, alpha=1e30)
+    pages = RankPages(CFG, Layout(CFG, 1), make_mesh(1), 1, np.float32)
+    assert pages.stage(large).rank == large.rank
+    with pytest.raises(AdapterError, match="do not fit float32"):
+        pages.stage(mixed("large*1e10", [large], [1e10]))
 
 
 COMPILED: list[str] = []
