@@ -61,7 +61,7 @@ class InPlace:
                 )
             staged = self._store.read(entry)
             changes = dict(_changes(staged, self._layout, self._rank_pages))
-            leaves = self._programs.numbered()
+            leaves = self._programs.flat.numbers
             self._check(entry, changes, leaves)
 
             def swap() -> None:

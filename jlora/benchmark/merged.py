@@ -39,7 +39,7 @@ class InPlaceMerge:
         self.switches, self.seconds = 0, 0.0
         self._kernels = {
             (path[1], path[2]): index
-            for path, index in runner.programs.numbered().items()
+            for path, index in runner.programs.flat.numbers.items()
             if path[0] == "layers" and path[2] in GROUPS and path[-1] == "kernel"
         }
         held = [self._cfg.groups(layer) for layer in range(self._cfg.layers)]

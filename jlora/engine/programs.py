@@ -11,21 +11,20 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from jlora.batch import Batch, unpack
 from jlora.engine import sampler
+from jlora.engine.flat_model import FlatModel
 from jlora.engine.sampler import Kind
+from jlora.engine.steps import Adapters, Part, Steps
 from jlora.models.config import STACKED_GROUPS
-from jlora.models.decoder import Decoder, Pools, forward, logits
+from jlora.models.decoder import Decoder, Pools, ends, logits
 from jlora.ops import KV
 from jlora.shape import Shape
 from jlora.sharding import GROUP_AXES, Layout, sharding, spec
 from kernels_pallas.lora_matmul import ActivePages, RankPool, Segments, active_pages, active_stacks
 
-KV_AXES = ("page", "kv_heads", None, None)
 SCORE_ROWS = 32
 """Prompt tokens whose log-probabilities one scoring call computes."""
 
@@ -44,24 +43,17 @@ class Programs:
         max_logprobs: int,
         *,
         copy_pages: bool,
+        split: bool,
         kinds: Sequence[Kind],
     ):
         """`kinds` of sampling are compiled, ANY among them. `copy_pages`: steps take copies of the active rank pages instead of the pools. On a CPU
-        gathering them in every step costs as much as the matmuls that read them."""
+        gathering them in every step costs as much as the matmuls that read them. `split`: a step is
+        several programs where the layers allow it, see steps.py."""
         self.layout, self.mesh, self.max_logprobs = layout, mesh, max_logprobs
         self.copy_pages, self.kinds = copy_pages, sorted(kinds)
         self.dtype = abstract.norm.get_value().dtype
-        self._graph, state = nnx.split(abstract)
-        specs = jax.tree.map(
-            lambda leaf: spec(*leaf.axes), state, is_leaf=lambda x: isinstance(x, nnx.Variable)
-        )
-        self._weight_specs = jax.tree.leaves(specs, is_leaf=lambda x: isinstance(x, P))
-        # A flat list: jit's fast path walks it in a tenth of the time of nested modules.
-        leaves, self._tree = jax.tree.flatten(state)
-        self._abstract_weights = [
-            jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=jax.NamedSharding(mesh, place))
-            for leaf, place in zip(leaves, self._weight_specs, strict=True)
-        ]
+        self.flat = FlatModel(abstract, mesh)
+        self._lowering = Steps(self.flat, layout.cfg, mesh, split=split)
         self.weights: list[Any] = []
         self._steps: dict[Shape, Callable[..., Any]] = {}
         self._samples: dict[tuple[int, Kind], Callable[..., Any]] = {}
@@ -74,13 +66,7 @@ class Programs:
 
     def load(self, model: Decoder) -> None:
         """Takes over the weights of a model of the same shapes."""
-        self.weights, tree = jax.tree.flatten(nnx.split(model)[1])
-        assert tree == self._tree
-
-    def numbered(self) -> dict[tuple[Any, ...], int]:
-        """The place of each of the model's parameters in `weights`."""
-        numbers = jax.tree.unflatten(self._tree, range(len(self._abstract_weights)))
-        return {tuple(path): leaf.get_value() for path, leaf in nnx.to_flat_state(numbers)}
+        self.weights = self.flat.leaves(model)
 
     def step(self, shape: Shape) -> Callable[..., Any]:
         """(weights, adapters, kv, last, packed) -> (kv, logits, rows, hidden). DONATES kv."""
@@ -114,7 +100,10 @@ class Programs:
         ]
         scored = sorted({shape.tokens for shape in shapes if shape.prefill})
         most = max(shape.rank_pages for shape in shapes)
-        total = len(counts) + len(shapes) + len(sampled) + len(scored)
+        parts = {shape: self._lowering.parts(shape, pools) for shape in shapes}
+        wanted = list(dict.fromkeys(part for own in parts.values() for part in own))
+        total = len(counts) + len(wanted) + len(sampled) + len(scored)
+        programs: dict[Part, Callable[..., Any]] = {}
         jobs: list[tuple[dict, Any, Any]] = []
         with ThreadPoolExecutor(max_workers=os.cpu_count() or 2) as workers:
 
@@ -130,8 +119,10 @@ class Programs:
                 # Lowering holds the interpreter's lock, compiling does not.
                 for count in counts:
                     start(self._copies, count, self._lower_copy(count, pools))
-                for shape in shapes:
-                    start(self._steps, shape, self._lower_step(shape, pools, kv, slots.last))
+                for part in wanted:
+                    adapters = self._adapters(pools, part[1].rank_pages)
+                    lowered = self._lowering.lower(part, adapters, kv, slots.last)
+                    start(programs, part, lowered)
                 for rows, kind in sampled:
                     start(self._samples, (rows, kind), self._lower_sample(rows, kind, slots))
                 for tokens in scored:
@@ -140,46 +131,25 @@ class Programs:
                     tell()
                 for table, key, future in jobs:
                     table[key] = future.result()
+                for shape, own in parts.items():
+                    self._steps[shape] = self._lowering.join(own, programs)
             except BaseException:  # Ctrl-C: don't compile the rest of the queue first
                 workers.shutdown(wait=False, cancel_futures=True)
                 raise
-
-    def _model(self, weights: list[jax.Array]) -> Decoder:
-        return nnx.merge(self._graph, jax.tree.unflatten(self._tree, weights))
 
     def _map(self, function: Callable, in_specs: Any, out_specs: Any) -> Callable:
         return jax.shard_map(
             function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
         )
 
-    def _lower_step(
-        self, shape: Shape, pools: Pools, kv: list[KV], last: jax.Array
-    ) -> jax.stages.Lowered:
-        lora = shape.rank_pages > 0
-
-        def step(weights: list, adapters: Any, kv: list, last: jax.Array, packed: jax.Array):
-            model = self._model(weights)
-            batch = unpack(shape, packed)
-            tokens = _resolve(batch, last, shape.decode)
-            hidden, kv = forward(model, adapters, kv, batch, shape, tokens)
-            rows = sampler.Rows(batch.slots, batch.positions[batch.last] + 1, batch.samples)
-            scores = logits(model, hidden[batch.last], adapters, batch.sampled_segments)
-            return kv, scores, rows, hidden if shape.prefill else None
-
-        adapter_specs, adapters = P(), None
-        if lora and self.copy_pages:
-            adapter_specs = self._active_specs(pools)
-            adapters = self._copy_shapes[shape.rank_pages]
-        elif lora:
-            adapter_specs, adapters = _specs(pools), pools
-        mapped = self._map(
-            step,
-            (self._weight_specs, adapter_specs, spec(*KV_AXES), P(), P()),
-            (spec(*KV_AXES), P(), P(), P()),
-        )
-        packed = jax.ShapeDtypeStruct((shape.words,), jnp.int32, sharding=sharding(self.mesh))
-        jitted = jax.jit(mapped, donate_argnums=2)
-        return jitted.lower(self._abstract_weights, adapters, kv, last, packed)
+    def _adapters(self, pools: Pools, rank_pages: int) -> Adapters:
+        """What a step of so many rank pages takes."""
+        if not rank_pages:
+            return Adapters(abstract=None, specs=P())
+        if self.copy_pages:
+            abstract = self._copy_shapes[rank_pages]
+            return Adapters(abstract=abstract, specs=self._active_specs(pools))
+        return Adapters(abstract=pools, specs=_specs(pools))
 
     def _lower_sample(self, count: int, kind: Kind, slots: sampler.Slots) -> jax.stages.Lowered:
         def sample(scores: jax.Array, slots: sampler.Slots, rows: sampler.Rows):
@@ -195,6 +165,7 @@ class Programs:
 
     def _lower_score(self, tokens: int, pools: Pools, rank_pages: int) -> jax.stages.Lowered:
         full = "head" in pools[-1]
+        every = list(range(len(self.flat.abstract)))
 
         def score(
             weights: list, pools: Any, hidden: jax.Array, rows: Any, targets: Any, pages: Any
@@ -202,18 +173,19 @@ class Programs:
             owner = jnp.where(pages > 0, 0, -1)  # the rows are of one sequence
             adapter = jnp.full(SCORE_ROWS, owner[0] if full else -1, jnp.int32)
             segments = Segments(pages=pages, owner=owner, adapter=adapter)
-            scores = logits(self._model(weights), hidden[rows], pools, segments)
+            own = ends(self.layout.cfg, pools)
+            scores = logits(self.flat.merge(weights, every), hidden[rows], own, segments)
             return sampler.describe(scores, targets, self.max_logprobs)
 
         head = pools if full else None
-        specs = (self._weight_specs, _specs(head), P(), P(), P(), P())
+        specs = (self.flat.specs, _specs(head), P(), P(), P(), P())
         replicated = sharding(self.mesh)
         size = (tokens, self.layout.cfg.embed)
         hidden = jax.ShapeDtypeStruct(size, self.dtype, sharding=replicated)
         rows = jax.ShapeDtypeStruct((SCORE_ROWS,), jnp.int32, sharding=replicated)
         pages = jax.ShapeDtypeStruct((rank_pages if full else 0,), jnp.int32, sharding=replicated)
         jitted = jax.jit(self._map(score, specs, P()))
-        return jitted.lower(self._abstract_weights, head, hidden, rows, rows, pages)
+        return jitted.lower(self.flat.abstract, head, hidden, rows, rows, pages)
 
     def _mapped_copy(self, pools: Pools) -> Callable:
         def copy(pools: Pools, pages: jax.Array) -> list[dict[str, ActivePages]]:
@@ -265,12 +237,3 @@ def _active_spec(group: str, pool: RankPool, parts: int) -> ActivePages:
 
 def _specs(arrays: Any) -> Any:
     return jax.tree.map(lambda array: array.sharding.spec, arrays)
-
-
-def _resolve(batch: Batch, last: jax.Array, decode: int) -> jax.Array:
-    """Input ids with -1 replaced by what the row's slot sampled last."""
-    if not decode:
-        return jnp.maximum(batch.tokens, 0)
-    rows = batch.tokens[:decode]
-    known = jnp.where(rows < 0, last[batch.slots[:decode]], rows)
-    return jnp.concatenate([known, jnp.maximum(batch.tokens[decode:], 0)])

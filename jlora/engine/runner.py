@@ -24,10 +24,11 @@ from jlora.batch import empty, pack
 from jlora.engine import sampler
 from jlora.engine.config import EngineConfig
 from jlora.engine.params import SamplingParams
-from jlora.engine.programs import KV_AXES, SCORE_ROWS, Programs
+from jlora.engine.programs import SCORE_ROWS, Programs
 from jlora.engine.sampler import Kind
 from jlora.engine.scheduler import Chunk, Plan
 from jlora.engine.sequence import Sequence, TokenLogprobs
+from jlora.engine.steps import KV_AXES
 from jlora.models.decoder import Decoder
 from jlora.shape import Shape
 from jlora.sharding import Layout, sharding
@@ -88,6 +89,7 @@ class Runner:
             mesh,
             config.max_logprobs,
             copy_pages=on_cpu,
+            split=on_cpu,
             # A branch costs a CPU nothing; it makes a GPU wait for the host.
             kinds=(Kind.ANY,) if on_cpu else tuple(Kind),
         )

@@ -36,6 +36,9 @@ by VOCAB_GROUPS, "norm" and ADDED."""
 Adapters = Pools | list[dict[str, ActivePages]]
 """What a step takes: the pools, or copies of the active pages."""
 
+Ends = dict[str, RankPool] | dict[str, ActivePages]
+"""Those of VOCAB_GROUPS, "norm" and ADDED."""
+
 
 class Linear(nnx.Module):
     """A group of projections that share an input, fused: one weight, its bias if it has one."""
@@ -120,30 +123,57 @@ def forward(
     Returns the normalised hidden state of every token and the K/V pools with the step's tokens
     stored. DONATES kv when the caller's jit does.
     """
+    own = ends(model.cfg, pools)
+    x = embed(model, own, batch, tokens)
+    x, kv = through_layers(model, pools, kv, batch, shape, x)
+    return finish(model, own, batch, x), kv
+
+
+def embed(model: Decoder, own: Ends, batch: Batch, tokens: Int[Array, "T"]) -> Float[Array, "T D"]:
+    """What enters the first layer."""
+    x = ops.embed(model.embed[...], tokens, model.tp, own.get("embed"), batch.segments)
+    scale = model.cfg.embed_scale
+    return x if scale is None else x * jnp.asarray(scale, x.dtype)
+
+
+def through_layers(
+    model: Decoder,
+    pools: Adapters | None,
+    kv: list[KV],
+    batch: Batch,
+    shape: Shape,
+    x: Float[Array, "T D"],
+) -> tuple[Float[Array, "T D"], list[KV]]:
+    """The first layers of the model, as many as there are in `kv`."""
     cfg = model.cfg
     turn = local_turn = _turn(cfg, cfg.rope, batch)
     if cfg.local_rope is not None:
         local_turn = _turn(cfg, cfg.local_rope, batch)
-    ends = _ends(cfg, pools)
-    own = ends.get("embed")
-    x = ops.embed(model.embed[...], tokens, model.tp, own, batch.segments)
-    if cfg.embed_scale is not None:
-        x = x * jnp.asarray(cfg.embed_scale, x.dtype)
     out = []
-    for index, layer in enumerate(model.layers):
+    for index, layer_kv in enumerate(kv):
         with jax.named_scope(f"layer{index}"):
             x, layer_kv = _layer(
-                layer,
+                model.layers[index],
                 x,
                 turn if cfg.windows[index] is None else local_turn,
-                kv[index],
+                layer_kv,
                 pools[index] if pools is not None else None,
                 batch,
                 _Static(cfg, shape.decode, shape.block, cfg.windows[index]),
             )
         out.append(layer_kv)
-    change = lora_vectors(ends["norm"], batch.segments) if "norm" in ends else None
-    return _normed(x, model.norm, cfg, change), out
+    return x, out
+
+
+def finish(model: Decoder, own: Ends, batch: Batch, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
+    """What leaves the last layer, normalised."""
+    change = lora_vectors(own["norm"], batch.segments) if "norm" in own else None
+    return _normed(x, model.norm, model.cfg, change)
+
+
+def ends(cfg: ModelConfig, pools: Adapters | None) -> Ends:
+    """What adapters change before and after the layers; empty if they may not."""
+    return pools[cfg.layers] if pools is not None and len(pools) > cfg.layers else {}
 
 
 def _turn(cfg: ModelConfig, rope: RopeConfig, batch: Batch) -> tuple[Array, Array]:
@@ -250,23 +280,24 @@ def _keep(x: Float[Array, "T D"]) -> Float[Array, "T D"]:
 def logits(
     model: Decoder,
     hidden: Float[Array, "B D"],
-    pools: Adapters | None = None,
+    own: Ends | None = None,
     segments: Segments | None = None,
 ) -> Float[Array, "B V"]:
     """Scores over the whole vocabulary, float32, on every device; padding entries are cut off, and
     tokens that another adapter added score -inf.
 
-    `segments` tells which adapter each of the B rows uses.
+    `own`: what adapters change at the ends; `segments` tells which of them each of the B rows uses.
     """
+    changes = own or {}
     if model.head is not None:
         local = model.head.matmul(hidden)
     else:
         local = matmul(hidden, model.embed[...].T)
-    own = _ends(model.cfg, pools).get("head")
-    if own is not None and segments is not None:
+    head = changes.get("head")
+    if head is not None and segments is not None:
         width = local.shape[1:]
-        local += lora_delta(hidden, own, segments, part_sizes=width, out_dtype=jnp.float32)
-        local = lora_epilogue(local, own, segments)
+        local += lora_delta(hidden, head, segments, part_sizes=width, out_dtype=jnp.float32)
+        local = lora_epilogue(local, head, segments)
     if model.tp > 1:
         local = jax.lax.all_gather(local, AXIS, axis=1, tiled=True)
     cfg = model.cfg
@@ -274,12 +305,7 @@ def logits(
     if not cfg.extra_vocab:
         return scores
     has = jnp.zeros((), bool)
-    if (added := _ends(cfg, pools).get(ADDED)) is not None and segments is not None:
+    if (added := changes.get(ADDED)) is not None and segments is not None:
         has = lora_vectors(added, segments) > 0
-    own = jnp.where(has, scores[:, cfg.vocab :], -jnp.inf)
-    return jnp.concatenate([scores[:, : cfg.vocab], own], axis=1)
-
-
-def _ends(cfg: ModelConfig, pools: Adapters | None) -> dict[str, RankPool] | dict[str, ActivePages]:
-    """What adapters change before and after the layers; empty if they may not."""
-    return pools[cfg.layers] if pools is not None and len(pools) > cfg.layers else {}
+    extra = jnp.where(has, scores[:, cfg.vocab :], -jnp.inf)
+    return jnp.concatenate([scores[:, : cfg.vocab], extra], axis=1)

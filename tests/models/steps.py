@@ -20,7 +20,7 @@ from jlora.adapters.pool import RankPages
 from jlora.batch import empty, pack, unpack
 from jlora.models.base import BaseWeights
 from jlora.models.config import ModelConfig
-from jlora.models.decoder import forward, logits
+from jlora.models.decoder import ends, forward, logits
 from jlora.models.weights import load_weights
 from jlora.shape import Shape
 from jlora.sharding import Layout, make_mesh, sharding, spec
@@ -105,7 +105,7 @@ class Steps:
             batch = unpack(self.shape, packed)
             tokens = jnp.maximum(batch.tokens, 0)
             hidden, kv = forward(model, pools, kv, batch, self.shape, tokens)
-            return logits(model, hidden, pools, batch.segments), kv
+            return logits(model, hidden, ends(cfg, pools), batch.segments), kv
 
         self._step = jax.jit(
             jax.shard_map(
