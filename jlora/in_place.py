@@ -17,6 +17,7 @@ from jlora.adapters.entry import AdapterEntry
 from jlora.adapters.groups import groups_of, in_layers
 from jlora.adapters.pool import HostPage, RankPages, StagedAdapter
 from jlora.adapters.store import AdapterStore
+from jlora.cast import narrowed
 from jlora.engine.engine import Engine
 from jlora.engine.programs import Programs
 from jlora.errors import AdapterError, ConflictError
@@ -94,7 +95,8 @@ class InPlace:
     def _replace(self, number: int, change: "_Change", entry: AdapterEntry) -> None:
         weight = self._programs.weights[number]
         old = np.asarray(weight)
-        new = _cast(change.applied(old.astype(np.float32)), old.dtype, entry)
+        what = f"the adapter '{entry.name}' cannot be merged"
+        new = narrowed(change.applied(old.astype(np.float32)), old.dtype, what, AdapterError)
         self._kept[number] = old, weight.sharding
         del weight  # else `_put` could not free it
         self._put(number, new)
@@ -240,14 +242,3 @@ def _path(layer: int, group: str, what: str) -> Path:
     if group == "router":
         return "layers", layer, "experts", "router"
     return ("layers", layer, group, *(("weight", what) if what == "kernel" else (what,)))
-
-
-def _cast(values: np.ndarray, dtype: np.dtype, entry: AdapterEntry) -> np.ndarray:
-    with np.errstate(over="ignore"):
-        cast = values.astype(dtype)
-    if not np.isfinite(cast).all():
-        raise AdapterError(
-            f"the adapter '{entry.name}' cannot be merged: values up to "
-            f"{float(np.abs(values).max()):.3g} do not fit {dtype.name}"
-        )
-    return cast
