@@ -9,6 +9,9 @@ from jaxtyping import Array, Float, Int
 
 from jlora.batch import Batch
 from jlora.sharding import AXIS
+from kernels_pallas.add_norm import add as add
+from kernels_pallas.add_norm import add_norm as add_norm
+from kernels_pallas.add_norm import rms_norm as rms_norm
 from kernels_pallas.lora_matmul import (
     ActivePages,
     RankPool,
@@ -17,39 +20,11 @@ from kernels_pallas.lora_matmul import (
     lora_epilogue,
 )
 from kernels_pallas.paged_attention import paged_attention
-from kernels_pallas.paged_attention.xla import write_kv
+from kernels_pallas.rope_write import Norms as Norms
+from kernels_pallas.rope_write import rope_write
 
 KV = tuple[Float[Array, "P K page H"], Float[Array, "P K page H"]]
 """One layer's keys and values."""
-
-
-def rms_norm(
-    x: Float[Array, "... D"], weight: Float[Array, "... D"], eps: float, plus_one: bool = False
-) -> Array:
-    """x / rms(x) · weight over the last axis, computed in float32; a weight for all rows, or each.
-
-    `plus_one`: times 1 + weight, also in float32 (Gemma; others round to x's type before).
-    """
-    wide = x.astype(jnp.float32)
-    scale = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
-    if plus_one:
-        return (wide * scale * (1 + weight.astype(jnp.float32))).astype(x.dtype)
-    return (wide * scale).astype(x.dtype) * weight
-
-
-def rope(
-    x: Float[Array, "T N H"], cos: Float[Array, "T half"], sin: Float[Array, "T half"]
-) -> Float[Array, "T N H"]:
-    """Rotary embedding in the half-split form of Hugging Face's Llama (Su et al. 2021).
-
-    Dimensions from 2 · half on pass as they are.
-    """
-    half, wide = cos.shape[-1], x.astype(jnp.float32)
-    first, second, rest = wide[..., :half], wide[..., half : 2 * half], wide[..., 2 * half :]
-    cos, sin = cos[:, None, :], sin[:, None, :]
-    parts = [first * cos - second * sin, second * cos + first * sin]
-    turned = jnp.concatenate([*parts, rest] if rest.shape[-1] else parts, axis=-1)
-    return turned.astype(x.dtype)
 
 
 Activation = Callable[[Array], Array]
@@ -69,6 +44,17 @@ def softcap(x: Array, cap: float | None) -> Array:
 def all_reduce(x: Array, tp: int) -> Array:
     """Sum over the devices of the mesh; nothing to do on one device."""
     return jax.lax.psum(x, AXIS) if tp > 1 else x
+
+
+def on_gpu() -> bool:
+    """Whether a launch or a byte more costs: then work is cut to the kernels that are there."""
+    return jax.default_backend() == "gpu"
+
+
+def product_dtype(dtype: jnp.dtype) -> jnp.dtype:
+    """What a matmul gives that nothing is added to: on a GPU what its reader wants, half the bytes;
+    else float32, which is what the fast matmuls of a CPU give."""
+    return dtype if on_gpu() else jnp.dtype(jnp.float32)
 
 
 def embed(
@@ -95,27 +81,27 @@ def embed(
 
 
 def attention(
-    q: Float[Array, "T N H"],
-    k: Float[Array, "T K H"],
-    v: Float[Array, "T K H"],
+    qkv: Float[Array, "T qkv"],
+    turn: tuple[Float[Array, "T half"], Float[Array, "T half"]],
     kv: KV,
     batch: Batch,
     *,
+    norms: Norms | None,
     decode: int,
     block: int,
     window: int | None,
     scale: float | None = None,
     cap: float | None = None,
 ) -> tuple[Float[Array, "T N H"], KV]:
-    """Stores the step's K/V in its pages, then attends over each row's whole context.
+    """Rotates q and k by `turn` (cos and sin), stores the step's K/V in their pages, then attends over
+    each row's whole context.
 
     `scale`: factor on the scores, None: H ** -0.5; `cap`: their softcap.
     """
-    pages, offsets = kv_place(batch, kv[0].shape[2], decode, block)
-    # A masked position weighs 0, and 0 · NaN is NaN: what an adapter that overflows leaves in a page
-    # must not reach the page's next owner. (Masked keys are harmless: their score is replaced.)
-    v = jnp.where(jnp.isfinite(v), v, 0)
-    keys, values = write_kv(kv[0], k, pages, offsets), write_kv(kv[1], v, pages, offsets)
+    page_size, width = kv[0].shape[2:]
+    pages, offsets = kv_place(batch, page_size, decode, block)
+    heads = qkv.reshape(qkv.shape[0], -1, width)
+    q, keys, values = rope_write(heads, *turn, pages, offsets, *kv, norms)
     out = paged_attention(
         q,
         keys,
@@ -124,7 +110,7 @@ def attention(
         batch.positions,
         decode=decode,
         block=block,
-        scale=q.shape[-1] ** -0.5 if scale is None else scale,
+        scale=width**-0.5 if scale is None else scale,
         window=window,
         softcap=cap,
     )

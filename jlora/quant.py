@@ -20,8 +20,9 @@ class Dense(nnx.Module):
         adapters: RankPool | ActivePages | None = None,
         segments: Segments | None = None,
         part_sizes: tuple[int, ...] | None = None,
+        out_dtype: jax.typing.DTypeLike = jnp.float32,
     ) -> Float[Array, "T out"]:
-        """x @ W plus each row's own delta, accumulated and returned in float32."""
+        """x @ W plus each row's own delta, accumulated in float32."""
         kernel = self.kernel[...]
         return lora_matmul(
             x,
@@ -29,7 +30,7 @@ class Dense(nnx.Module):
             adapters,
             segments,
             part_sizes=part_sizes or kernel.shape[1:],
-            out_dtype=jnp.float32,
+            out_dtype=out_dtype,
         )
 
 

@@ -57,10 +57,12 @@ class Linear(nnx.Module):
         pools: dict[str, RankPool] | dict[str, ActivePages] | None,
         batch: Batch,
     ) -> Float[Array, "T out"]:
-        """Projection plus what the rows' adapters change, float32. The only all-reduce is the base's:
-        for an input-sharded group the adapter's partial sum joins it."""
+        """Projection plus what the rows' adapters change, in float32 or x's type. The only all-reduce
+        is the base's: for an input-sharded group the adapter's partial sum joins it."""
         own = pools[self.group] if pools is not None else None
-        y = self.weight.matmul(x, own, batch.segments, self.parts)
+        whole = self.summed_over == 1 and (own is None or own.scale is None)
+        dtype = ops.product_dtype(x.dtype) if whole else jnp.float32
+        y = self.weight.matmul(x, own, batch.segments, self.parts, dtype)
         y = ops.all_reduce(y, self.summed_over)
         if own is not None:
             y = lora_epilogue(y, own, batch.segments)
@@ -149,12 +151,18 @@ def through_layers(
     turn = local_turn = _turn(cfg, cfg.rope, batch)
     if cfg.local_rope is not None:
         local_turn = _turn(cfg, cfg.local_rope, batch)
+    # Where one launch adds and normalises, a layer's last sum meets the next layer's norm.
+    fused = ops.on_gpu() and (pools is None or "norms" not in pools[0])
+    norms = [*(layer.attn_norm for layer in list(model.layers)[1:]), model.norm] if fused else []
+    h = _normed(x, model.layers[0].attn_norm, cfg) if fused else None
     out = []
     for index, layer_kv in enumerate(kv):
         with jax.named_scope(f"layer{index}"):
-            x, layer_kv = _layer(
+            x, h, layer_kv = _layer(
                 model.layers[index],
                 x,
+                h,
+                norms[index][...] if fused else None,
                 turn if cfg.windows[index] is None else local_turn,
                 layer_kv,
                 pools[index] if pools is not None else None,
@@ -184,7 +192,7 @@ def _turn(cfg: ModelConfig, rope: RopeConfig, batch: Batch) -> tuple[Array, Arra
 
 
 def _normed(
-    x: Float[Array, "T ... D"],
+    x: Float[Array, "T D"],
     weight: nnx.Param | None,
     cfg: ModelConfig,
     change: Float[Array, "T D"] | None = None,
@@ -193,11 +201,13 @@ def _normed(
     adds to the weight."""
     if weight is None:
         return x
+    return ops.rms_norm(x, _changed(weight, change), cfg.norm_eps, cfg.norm_plus_one)
+
+
+def _changed(weight: nnx.Param, change: Float[Array, "T ... D"] | None) -> Float[Array, "... D"]:
+    """A norm's weight, or that of each row."""
     own = weight[...]
-    if change is not None:
-        rows = change.reshape(len(change), *(1,) * (x.ndim - 2), -1)
-        own = (own.astype(jnp.float32) + rows).astype(own.dtype)
-    return ops.rms_norm(x, own, cfg.norm_eps, cfg.norm_plus_one)
+    return own if change is None else (own.astype(jnp.float32) + change).astype(own.dtype)
 
 
 def _norm_changes(
@@ -221,38 +231,51 @@ class _Static(tuple):
         return super().__new__(cls, (cfg, decode, block, window))
 
 
-@partial(jax.jit, static_argnums=6)  # traced and lowered once for all layers of a step
+@partial(jax.jit, static_argnums=8)  # traced and lowered once for all layers of a step
 def _layer(
     layer: Layer,
     x: Float[Array, "T D"],
+    h: Float[Array, "T D"] | None,
+    next_norm: Float[Array, " D"] | None,
     turn: tuple[Array, Array],
     kv: KV,
     pools: dict[str, RankPool] | dict[str, ActivePages] | None,
     batch: Batch,
     static: _Static,
-) -> tuple[Float[Array, "T D"], KV]:
+) -> tuple[Float[Array, "T D"], Float[Array, "T D"] | None, KV]:
+    """x after the layer, and if `next_norm` is given x normalised with it: the next layer's `h`."""
     cfg, decode, block, window = static
-    tokens, dtype = x.shape[0], x.dtype
+    dtype = x.dtype
     own_norms = _norm_changes(cfg, pools, batch)
 
     def normed(x: Array, name: str) -> Array:
         return _normed(x, getattr(layer, name), cfg, own_norms.get(name))
 
-    h = normed(x, "attn_norm")
+    def head_norm(name: str) -> Array:
+        change = own_norms.get(name)
+        return _changed(getattr(layer, name), None if change is None else change[:, None])
+
+    def add_normed(x: Array, y: Array, weight: Array) -> tuple[Array, Array]:
+        return ops.add_norm(x, y, weight, eps=cfg.norm_eps, plus_one=cfg.norm_plus_one)
+
+    h = normed(x, "attn_norm") if h is None else h
     qkv = layer.qkv(h, pools, batch).astype(dtype)
-    widths = layer.qkv.parts
-    q, k, v = jnp.split(qkv, (widths[0], widths[0] + widths[1]), axis=1)
-    q, k, v = (part.reshape(tokens, -1, cfg.head_dim) for part in (q, k, v))  # [T, N|K, H]
-    q, k = normed(q, "q_norm"), normed(k, "k_norm")
-    q, k = ops.rope(q, *turn), ops.rope(k, *turn)
+    norms = None
+    if cfg.qk_norm:
+        of_heads = head_norm("q_norm"), head_norm("k_norm")
+        norms = ops.Norms(
+            q=of_heads[0], k=of_heads[1], eps=cfg.norm_eps, plus_one=cfg.norm_plus_one
+        )
     scale, cap = cfg.attention_scale, cfg.attention_softcap
     own = {"decode": decode, "block": block, "window": window, "scale": scale, "cap": cap}
-    out, kv = ops.attention(q, k, v, kv, batch, **own)
-    out = layer.o(out.reshape(tokens, -1), pools, batch).astype(dtype)
-    x = _keep(x + normed(out, "attn_post_norm"))
-    h = normed(x, "mlp_norm")
-    out = _mlp(layer, h, pools, batch, cfg).astype(dtype)
-    return _keep(x + normed(out, "mlp_post_norm")), kv
+    out, kv = ops.attention(qkv, turn, kv, batch, norms=norms, **own)
+    out = layer.o(out.reshape(out.shape[0], -1), pools, batch).astype(dtype)
+    mlp_norm = _changed(layer.mlp_norm, own_norms.get("mlp_norm"))
+    x, h = add_normed(x, normed(out, "attn_post_norm"), mlp_norm)
+    out = normed(_mlp(layer, h, pools, batch, cfg).astype(dtype), "mlp_post_norm")
+    if next_norm is None:
+        return ops.add(x, out), None, kv
+    return *add_normed(x, out, next_norm), kv
 
 
 def _mlp(
@@ -266,15 +289,9 @@ def _mlp(
         return layer.experts(h, cfg, batch, pools or {})
     assert layer.gate_up is not None
     assert layer.down is not None
-    gate, up = jnp.split(layer.gate_up(h, pools, batch), 2, axis=1)
+    gate, up = jnp.split(layer.gate_up(h, pools, batch).astype(jnp.float32), 2, axis=1)
     h = (ops.ACTIVATIONS[cfg.activation](gate) * up).astype(h.dtype)
     return layer.down(h, pools, batch)
-
-
-def _keep(x: Float[Array, "T D"]) -> Float[Array, "T D"]:
-    """x, computed once: XLA would sum the residual stream anew, from all layers before, at each of
-    its readers (6% of a 32-layer chain on an H100)."""
-    return jax.lax.optimization_barrier(x)
 
 
 def logits(

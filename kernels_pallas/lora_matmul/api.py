@@ -53,7 +53,8 @@ def lora_matmul(
             f"{(x.shape[1], sum(part_sizes))} for x {x.shape} and part_sizes {part_sizes}"
         )
     if pool is None or segments is None:
-        y = _module(None if implementation == "hopper" else implementation).base_matmul(x, w)
+        module = _module(None if implementation == "hopper" else implementation)
+        y = module.base_matmul(x, w, jnp.float32 if bias is not None else out_dtype or x.dtype)
     else:
         _check(x, pool, segments, part_sizes)
         y = _fused(x, w, pool, segments, part_sizes, implementation)

@@ -1,5 +1,6 @@
 """The obviously right LoRA matmul: one page and one part at a time, in float32. For tests."""
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
@@ -27,9 +28,12 @@ def lora_delta(
     return delta
 
 
-def base_matmul(x: Float[Array, "T K"], w: Float[Array, "K N"]) -> Float[Array, "T N"]:
-    """`x @ w` in float32."""
-    return jnp.dot(x.astype(jnp.float32), w.astype(jnp.float32), precision=lax.Precision.HIGHEST)
+def base_matmul(
+    x: Float[Array, "T K"], w: Float[Array, "K N"], out_dtype: jax.typing.DTypeLike = jnp.float32
+) -> Float[Array, "T N"]:
+    """`x @ w`, computed in float32."""
+    wide = (x.astype(jnp.float32), w.astype(jnp.float32))
+    return jnp.dot(*wide, precision=lax.Precision.HIGHEST).astype(out_dtype)
 
 
 def matmul(

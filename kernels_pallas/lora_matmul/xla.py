@@ -172,9 +172,13 @@ def _owners(segments: Segments) -> jax.Array:
     return (segments.adapter[:, None] == segments.owner) & (segments.adapter[:, None] >= 0)
 
 
-def base_matmul(x: Float[Array, "T K"], w: Float[Array, "K N"]) -> Float[Array, "T N"]:
-    """`x @ w` with float32 accumulation and output."""
-    return _dot(x, w, (1, 0))
+def base_matmul(
+    x: Float[Array, "T K"], w: Float[Array, "K N"], out_dtype: jax.typing.DTypeLike = jnp.float32
+) -> Float[Array, "T N"]:
+    """`x @ w`, accumulated in float32."""
+    if jax.default_backend() == "gpu" and jnp.dtype(out_dtype) == x.dtype != jnp.float32:
+        return x @ w  # converted as it is written: XLA makes a conversion a kernel of its own
+    return _dot(x, w, (1, 0)).astype(out_dtype)
 
 
 def _dot(x: jax.Array, y: jax.Array, contract: tuple[int, int]) -> jax.Array:

@@ -1,0 +1,49 @@
+"""Plain XLA: two kernels on a GPU, the norm fused with its neighbours on a CPU."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+def rms_norm(
+    x: Float[Array, "... D"], weight: Float[Array, "... D"], eps: float, plus_one: bool = False
+) -> Array:
+    """x / rms(x) · weight over the last axis, computed in float32; a weight for all rows, or each.
+
+    `plus_one`: times 1 + weight, also in float32 (Gemma; others round to x's type before).
+    """
+    wide = x.astype(jnp.float32)
+    scale = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    if plus_one:
+        return (wide * scale * (1 + weight.astype(jnp.float32))).astype(x.dtype)
+    return (wide * scale).astype(x.dtype) * weight
+
+
+def add(x: Float[Array, "T D"], y: Float[Array, "T D"]) -> Float[Array, "T D"]:
+    """x + y, computed once: XLA would sum the residual stream anew, from all layers before, at each of
+    its readers (6% of a 32-layer chain on an H100)."""
+    return jax.lax.optimization_barrier(x + y)
+
+
+def add_norm(
+    x: Float[Array, "T D"],
+    y: Float[Array, "T D"],
+    weight: Float[Array, "... D"],
+    *,
+    eps: float,
+    plus_one: bool,
+) -> tuple[Float[Array, "T D"], Float[Array, "T D"]]:
+    """See `kernels_pallas.add_norm`."""
+    if jax.default_backend() != "gpu":
+        total = add(x, y)
+        return total, rms_norm(total, weight, eps, plus_one)
+    # One kernel makes the sum and each row's mean square; what is left of the norm is elementwise,
+    # which XLA can move into the matmul that reads it.
+    total = x + y
+    wide = total.astype(jnp.float32)
+    square = jnp.mean(wide * wide, axis=-1, keepdims=True)
+    total, square = jax.lax.optimization_barrier((total, square))
+    wide = total.astype(jnp.float32) * jax.lax.rsqrt(square + eps)
+    if plus_one:
+        return total, (wide * (1 + weight.astype(jnp.float32))).astype(x.dtype)
+    return total, wide.astype(x.dtype) * weight
