@@ -101,7 +101,7 @@ def attention(
     page_size, width = kv[0].shape[2:]
     pages, offsets = kv_place(batch, page_size, decode, block)
     heads = qkv.reshape(qkv.shape[0], -1, width)
-    q, keys, values = rope_write(heads, *turn, pages, offsets, *kv, norms)
+    q, keys, values = rope_write(heads, *turn, pages, offsets, *kv, norms=norms)
     out = paged_attention(
         q,
         keys,

@@ -34,16 +34,5 @@ def add_norm(
     plus_one: bool,
 ) -> tuple[Float[Array, "T D"], Float[Array, "T D"]]:
     """See `kernels_pallas.add_norm`."""
-    if jax.default_backend() != "gpu":
-        total = add(x, y)
-        return total, rms_norm(total, weight, eps, plus_one)
-    # One kernel makes the sum and each row's mean square; what is left of the norm is elementwise,
-    # which XLA can move into the matmul that reads it.
-    total = x + y
-    wide = total.astype(jnp.float32)
-    square = jnp.mean(wide * wide, axis=-1, keepdims=True)
-    total, square = jax.lax.optimization_barrier((total, square))
-    wide = total.astype(jnp.float32) * jax.lax.rsqrt(square + eps)
-    if plus_one:
-        return total, (wide * (1 + weight.astype(jnp.float32))).astype(x.dtype)
-    return total, wide.astype(x.dtype) * weight
+    total = add(x, y)
+    return total, rms_norm(total, weight, eps, plus_one)

@@ -21,8 +21,8 @@ def rope_write(
     offsets: Int[Array, "T"],
     keys: Float[Array, "P K page H"],
     values: Float[Array, "P K page H"],
-    norms: Norms | None = None,
     *,
+    norms: Norms | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "T N H"], Float[Array, "P K page H"], Float[Array, "P K page H"]]:
     """(rotated q, keys, values) as the package's Semantics say. DONATES keys and values where a
@@ -31,6 +31,7 @@ def rope_write(
     Args:
         qkv: heads of q, then of k, then of v, side by side.
         pages, offsets: where each token's K and V go; padding tokens may share a place.
+        norms: of q and k, before they turn.
         implementation: "xla", "hopper" or None (chosen by the platform).
 
     Raises:
@@ -40,14 +41,14 @@ def rope_write(
         raise NotImplementedError(
             f"rope_write has no implementation {implementation!r}; there are {IMPLEMENTATIONS}"
         )
-    args = (qkv, cos, sin, pages, offsets, keys, values, norms)
+    args = (qkv, cos, sin, pages, offsets, keys, values)
     if implementation == "hopper" or (implementation is None and is_hopper("rope_write")):
         from kernels_pallas.rope_write import hopper  # imports Mosaic GPU: only where used
 
         try:
-            return hopper.rope_write(*args)
+            return hopper.rope_write(*args, norms=norms)
         except NotImplementedError as reason:
             if implementation is not None:
                 raise
             say_once(f"rope_write: no kernel, XLA instead ({reason})")
-    return xla.rope_write(*args)
+    return xla.rope_write(*args, norms=norms)

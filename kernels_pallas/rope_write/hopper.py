@@ -29,8 +29,8 @@ def rope_write(
     offsets: Int[Array, "T"],
     keys: Float[Array, "P K page H"],
     values: Float[Array, "P K page H"],
-    norms: Norms | None,
     *,
+    norms: Norms | None,
     interpret: bool = False,
 ) -> tuple[Float[Array, "T N H"], Float[Array, "P K page H"], Float[Array, "P K page H"]]:
     """See `kernels_pallas.rope_write`."""
@@ -40,17 +40,20 @@ def rope_write(
         raise NotImplementedError(
             f"qkv {qkv.dtype}, keys {keys.dtype}, values {values.dtype}: all must be bfloat16 or float16"
         )
-    if norms is not None:
-        raise NotImplementedError("norms of q and k")
+    weights = () if norms is None else (norms.q, norms.k)
+    if any(weight.ndim != 1 or weight.dtype != qkv.dtype for weight in weights):
+        raise NotImplementedError(f"norms of q and k: one weight for all rows, {qkv.dtype}")
     kv_heads, width = keys.shape[1], keys.shape[3]
     if 2 * cos.shape[1] != width:
         raise NotImplementedError(
             f"rope of {2 * cos.shape[1]} of {width} dimensions: all must turn"
         )
     kernel = RopeWrite(
-        heads=qkv.shape[1] - 2 * kv_heads, kv_heads=kv_heads, half=width // 2, interpret=interpret
-    )
-    return _launch(kernel, qkv, cos, sin, pages, offsets, keys, values)
+        heads=qkv.shape[1] - 2 * kv_heads, kv_heads=kv_heads, half=width // 2,
+        eps=None if norms is None else norms.eps,
+        plus_one=norms is not None and norms.plus_one, interpret=interpret,
+    )  # fmt: skip
+    return _launch(kernel, qkv, cos, sin, pages, offsets, *weights, keys, values)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -65,42 +68,49 @@ class RopeWrite:
     heads: int
     kv_heads: int
     half: int
+    eps: float | None
+    """Of the norms of q and k; None: there are none."""
+    plus_one: bool
     interpret: bool = False
 
     def __post_init__(self) -> None:
-        size = self.kv_heads * self.half
-        if self.heads % self.kv_heads or size % (self.vector * WARPS * LANES) or self.vector < 2:
+        if self.half not in (32, 64, 128) or self.heads % self.kv_heads or not self.vector:
             raise NotImplementedError(
-                f"{self.kv_heads} kv heads of {2 * self.half}: 4, 8, 16 ... heads of 64, 128 or 256"
+                f"{self.heads} heads and {self.kv_heads} kv heads of {2 * self.half}: 2, 4, 8 ... of 64, "
+                "1, 2, 4 ... of 128 or 256 are supported"
             )
 
     @property
     def vector(self) -> int:
-        """Numbers that a thread loads at once."""
-        return min(8, self.kv_heads * self.half // (WARPS * LANES))
+        """Numbers that a thread loads at once; 0: no tile fits."""
+        fits = [n for n in (8, 4, 2) if self._warps(n) in (1, 2, 4)]
+        return max(fits, key=self._warps, default=0)
+
+    def _warps(self, vector: int) -> int:
+        """Warps that a tile keeps busy; 0: it does not fit."""
+        lanes = self.half // vector  # of a head
+        rows = LANES // lanes if lanes <= LANES else 0  # heads of a warp
+        if not rows or self.kv_heads % rows:
+            return 0
+        warps = self.kv_heads // rows
+        return min(warps, WARPS) if warps < WARPS or warps % WARPS == 0 else 0
 
     @property
     def layout(self) -> Any:
-        """K heads' halves over the threads: rows over warps, then lanes along a row."""
-        rows = LANES * self.vector // self.half  # of a warp
-        if rows == 1:
-            tiles = ((WARPS, self.half), (self.vector,))
-            return plgpu.Layout.TILED(plgpu.Tiling(tiles), (-3,), (-2,), -1)
-        tiles = ((WARPS * rows, self.half), (rows, self.half), (self.vector,))
-        return plgpu.Layout.TILED(plgpu.Tiling(tiles), (-5,), (-3, -2), -1)
+        """K heads' halves over the threads: heads over warps, then over the lanes of one. Warps beyond
+        the last head do what another does."""
+        warps, rows = self._warps(self.vector), LANES * self.vector // self.half
+        tiles = [(warps * rows, self.half), (rows, self.half), (self.vector,)]
+        if 1 in (warps, rows):  # the same tile twice
+            del tiles[1]
+        lanes = (-3, -2) if rows > 1 else (-2,)
+        busy = (-3 - 2 * (rows > 1),) if warps > 1 else ()  # the dimension of the first tile's rows
+        idle = (plgpu.Replicated(WARPS // warps),) if warps < WARPS else ()
+        return plgpu.Layout.TILED(plgpu.Tiling(tuple(tiles)), (*busy, *idle), lanes, -1)
 
-    def call(
-        self,
-        qkv: jax.Array,
-        cos: jax.Array,
-        sin: jax.Array,
-        pages: jax.Array,
-        offsets: jax.Array,
-        keys: jax.Array,
-        values: jax.Array,
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Launch. The pools are refs: they are changed in place."""
-        pools = jax.new_ref(keys), jax.new_ref(values)
+    def call(self, *args: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Launch. The pools, which come last, become refs: they are changed in place."""
+        qkv, pools = args[0], (jax.new_ref(args[-2]), jax.new_ref(args[-1]))
         kernel = plgpu.kernel(
             self.body,
             out_type=jax.ShapeDtypeStruct((qkv.shape[0], self.heads, 2 * self.half), qkv.dtype),
@@ -110,54 +120,60 @@ class RopeWrite:
             compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
             **({"interpret": interpreter()} if self.interpret else {}),
         )
-        q = kernel(qkv, cos, sin, pages, offsets, *pools)
+        q = kernel(*args[:-2], *pools)
         return q, jax.freeze(pools[0]), jax.freeze(pools[1])
 
-    def body(
-        self,
-        qkv: Any,
-        cos: Any,
-        sin: Any,
-        pages: Any,
-        offsets: Any,
-        keys: Any,
-        values: Any,
-        q: Any,
-    ) -> None:
+    def body(self, qkv: Any, cos: Any, sin: Any, pages: Any, offsets: Any, *refs: Any) -> None:
         """What the block of a token runs: all loads first, so that all are in flight at once."""
-        token, layout = lax.axis_index("token"), self.layout
-        shape, halves = (
-            (self.kv_heads, self.half),
-            (pl.ds(0, self.half), pl.ds(self.half, self.half)),
-        )
+        *weights, keys, values, q = refs
+        token, groups = lax.axis_index("token"), self.heads // self.kv_heads
         page, offset = pages[token], offsets[token]
-        turn = [
-            lax.broadcast_in_dim(load(part, (token,), layout.reduce(0)), shape, [1])
-            for part in (cos, sin)
-        ]
-        groups = self.heads // self.kv_heads
+        turn = [self._row(part, (token,)) for part in (cos, sin)]
+        norms = [[self._row(part, (half,)) for half in self._halves] for part in weights]
         tiles = [
             [
-                load(qkv, (token, self._heads(i), half), layout).astype(jnp.float32)
-                for half in halves
+                load(qkv, (token, self._heads(i), half), self.layout).astype(jnp.float32)
+                for half in self._halves
             ]
             for i in range(groups + 2)
         ]
-        for i, (first, second) in enumerate(tiles):
-            if i <= groups:
-                first, second = (
-                    first * turn[0] - second * turn[1],
-                    second * turn[0] + first * turn[1],
-                )
-            for half, numbers in zip(halves, (first, second), strict=True):
-                if i > groups:
-                    limit = float(jnp.finfo(qkv.dtype).max)
-                    numbers = jnp.where(jnp.abs(numbers) <= limit, numbers, 0.0)
-                numbers = numbers.astype(qkv.dtype)
+        for i, parts in enumerate(tiles):
+            if i > groups:
+                limit = float(jnp.finfo(qkv.dtype).max)
+                parts = [jnp.where(jnp.abs(part) <= limit, part, 0.0) for part in parts]
+            else:
+                if norms:
+                    parts = self._normed(parts, norms[i // groups], qkv.dtype)
+                (first, second), (cosine, sine) = parts, turn
+                parts = [first * cosine - second * sine, second * cosine + first * sine]
+            for half, part in zip(self._halves, parts, strict=True):
                 if i < groups:
-                    q[token, self._heads(i), half] = numbers
+                    q[token, self._heads(i), half] = part.astype(qkv.dtype)
                 else:
-                    (keys, values)[i - groups][page, :, offset, half] = numbers
+                    (keys, values)[i - groups][page, :, offset, half] = part.astype(qkv.dtype)
+
+    def _normed(self, parts: list[jax.Array], own: list[jax.Array], dtype: Any) -> list[jax.Array]:
+        """RMSNorm of each head, rounded as `rms_norm` does."""
+        total = jnp.sum(parts[0] * parts[0] + parts[1] * parts[1], axis=1)
+        scale = lax.rsqrt(total * (0.5 / self.half) + self.eps)
+        parts = [part * lax.broadcast_in_dim(scale, part.shape, [0]) for part in parts]
+        if self.plus_one:
+            parts = [part * (1 + weight) for part, weight in zip(parts, own, strict=True)]
+        else:
+            parts = [
+                part.astype(dtype).astype(jnp.float32) * weight
+                for part, weight in zip(parts, own, strict=True)
+            ]
+        return [part.astype(dtype).astype(jnp.float32) for part in parts]
+
+    def _row(self, ref: Any, index: tuple[Any, ...]) -> jax.Array:
+        """ref[index], the same for every head of a tile."""
+        row = load(ref, index, self.layout.reduce(0)).astype(jnp.float32)
+        return lax.broadcast_in_dim(row, (self.kv_heads, self.half), [1])
+
+    @property
+    def _halves(self) -> tuple[Any, Any]:
+        return pl.ds(0, self.half), pl.ds(self.half, self.half)
 
     def _heads(self, i: int) -> Any:
         return pl.ds(i * self.kv_heads, self.kv_heads)

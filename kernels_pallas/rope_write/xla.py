@@ -31,6 +31,7 @@ def rope_write(
     offsets: Int[Array, "T"],
     keys: Float[Array, "P K page H"],
     values: Float[Array, "P K page H"],
+    *,
     norms: Norms | None,
 ) -> tuple[Float[Array, "T N H"], Float[Array, "P K page H"], Float[Array, "P K page H"]]:
     """See `kernels_pallas.rope_write`."""
