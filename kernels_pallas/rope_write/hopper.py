@@ -50,8 +50,7 @@ def rope_write(
         )
     kernel = RopeWrite(
         heads=qkv.shape[1] - 2 * kv_heads, kv_heads=kv_heads, half=width // 2,
-        eps=None if norms is None else norms.eps,
-        plus_one=norms is not None and norms.plus_one, interpret=interpret,
+        interpret=interpret, **({} if norms is None else {"eps": norms.eps, "plus_one": norms.plus_one}),
     )  # fmt: skip
     return _launch(kernel, qkv, cos, sin, pages, offsets, *weights, keys, values)
 
@@ -68,9 +67,9 @@ class RopeWrite:
     heads: int
     kv_heads: int
     half: int
-    eps: float | None
-    """Of the norms of q and k; None: there are none."""
-    plus_one: bool
+    eps: float = 0.0
+    """Of the norms of q and k, if there are any; and so `plus_one`."""
+    plus_one: bool = False
     interpret: bool = False
 
     def __post_init__(self) -> None:
