@@ -4,6 +4,7 @@
 named implementation never falls back: what it cannot do is a NotImplementedError.
 """
 
+import jax
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.hardware import is_hopper, say_once
@@ -35,6 +36,7 @@ def rope_write(
         implementation: "xla", "hopper" or None (chosen by the platform).
 
     Raises:
+        ValueError: for shapes that do not fit each other.
         NotImplementedError: for an implementation that does not exist, or cannot do this.
     """
     if implementation not in (None, *IMPLEMENTATIONS):
@@ -42,6 +44,7 @@ def rope_write(
             f"rope_write has no implementation {implementation!r}; there are {IMPLEMENTATIONS}"
         )
     args = (qkv, cos, sin, pages, offsets, keys, values)
+    _check(*args)
     if implementation == "hopper" or (implementation is None and is_hopper("rope_write")):
         from kernels_pallas.rope_write import hopper  # imports Mosaic GPU: only where used
 
@@ -52,3 +55,24 @@ def rope_write(
                 raise
             say_once(f"rope_write: no kernel, XLA instead ({reason})")
     return xla.rope_write(*args, norms=norms)
+
+
+def _check(
+    qkv: jax.Array,
+    cos: jax.Array,
+    sin: jax.Array,
+    pages: jax.Array,
+    offsets: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+) -> None:
+    tokens, heads, width = qkv.shape
+    kv_heads = keys.shape[1]
+    each = {cos.shape[:1], sin.shape[:1], pages.shape, offsets.shape} == {(tokens,)}
+    pools = keys.shape == values.shape and keys.shape[3] == width and heads > 2 * kv_heads
+    if not each or not pools or cos.shape != sin.shape:
+        raise ValueError(
+            f"qkv {qkv.shape}, cos {cos.shape}, sin {sin.shape}, pages {pages.shape}, offsets "
+            f"{offsets.shape}, keys {keys.shape}, values {values.shape}; expected [T, N + 2 K, H], two "
+            "[T, half], two [T] and two [P, K, page, H]"
+        )

@@ -36,7 +36,7 @@ def test_sums_are_exact_and_norms_equal_float64(rows, width, plus_one):
 @pytest.mark.parametrize(
     ("step", "plus_one"),
     [
-        (LLAMA(tokens=32), None),
+        (LLAMA(tokens=32, pages=6), None),
         (LLAMA(tokens=2304, pages=300), None),
         (LLAMA(tokens=300, pages=60), False),
         (LLAMA(tokens=9, dtype=jnp.float16), True),
@@ -64,7 +64,7 @@ def test_q_and_pages_equal_the_plain_path_and_pools_stay_where_they_are(step, pl
 
 
 def test_pools_are_not_copied_between_layers_that_share_a_step():
-    qkv, cos, sin, pages, offsets, keys, values = LLAMA(tokens=32).args()
+    qkv, cos, sin, pages, offsets, keys, values = LLAMA(tokens=32, pages=6).args()
 
     @functools.partial(jax.jit, donate_argnums=1)
     def step(qkv, pools):

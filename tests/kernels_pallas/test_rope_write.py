@@ -37,6 +37,7 @@ class Step:
         pool = (self.pages, self.kv_heads, self.page, self.width)
         half = self.turned // 2
         angle = rng.integers(0, 99, self.tokens)[:, None] * 10.0 ** -(np.arange(half) / half * 4)
+        assert self.tokens <= self.page * (self.pages - 1), "more tokens than places"
         place = rng.permutation(self.page * (self.pages - 1))[: self.tokens] + self.page
         place[2:4] = 0
         numbers = [jnp.asarray(rng.normal(size=s), self.dtype) for s in (shape, pool, pool)]
@@ -133,6 +134,14 @@ def test_the_kernel_gives_what_the_plain_path_gives(step, plus_one):
 def test_what_the_kernel_cannot_do_is_refused_by_name(step, norms, said):
     with pytest.raises(NotImplementedError, match=said):
         rope_write(*step.args(), norms=norms, implementation="hopper")
+
+
+def test_shapes_that_do_not_fit_each_other_are_refused():
+    qkv, cos, sin, pages, offsets, keys, values = Step().args()
+    with pytest.raises(ValueError, match=r"pages \(4,\)"):
+        rope_write(qkv, cos, sin, pages[:4], offsets, keys, values)
+    with pytest.raises(ValueError, match=r"qkv \(5, 31, 64\)"):
+        rope_write(qkv[:, 1:], cos, sin, pages, offsets, keys[:, :-1], values)
 
 
 def test_an_unknown_implementation_is_refused():
