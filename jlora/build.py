@@ -23,6 +23,7 @@ from jlora.adapters.pool import RankPages, StagedAdapter
 from jlora.adapters.store import AdapterStore
 from jlora.demo import DEMO_ADAPTERS
 from jlora.demo.model import cache_folder, demo_model_folder
+from jlora.device_memory import device_memory
 from jlora.engine.config import EngineConfig, buckets
 from jlora.engine.engine import Engine
 from jlora.engine.runner import Runner
@@ -282,9 +283,8 @@ def _kv_pages(
     elif budget is None:
         free = []
         for device in jax.devices()[:devices]:
-            stats = device.memory_stats() or {}
-            limit = int(stats.get("bytes_limit", 0) * options.gpu_memory_utilization)
-            free.append(limit - stats.get("bytes_in_use", 0))
+            limit, used = device_memory(device)
+            free.append(int(limit * options.gpu_memory_utilization) - used)
         budget = max(0, min(free)) * devices
     return min(useful, budget // page)
 
