@@ -1,10 +1,11 @@
 """Rope and K/V write for Hopper (Mosaic GPU): a block of 128 threads a token.
 
-All heads of a token pass through registers as tiles of K heads, each in two halves, so that the two
+The heads of q, of k and of v pass through registers as a tile each, in two halves, so that the two
 numbers that rope mixes are one thread's own.
 """
 
 import dataclasses
+import itertools
 from functools import partial
 from typing import Any
 
@@ -125,37 +126,37 @@ class RopeWrite:
     def body(self, qkv: Any, cos: Any, sin: Any, pages: Any, offsets: Any, *refs: Any) -> None:
         """What the block of a token runs: all loads first, so that all are in flight at once."""
         *weights, keys, values, q = refs
-        token, groups = lax.axis_index("token"), self.heads // self.kv_heads
+        token = lax.axis_index("token")
         page, offset = pages[token], offsets[token]
         turn = [self._row(part, (token,)) for part in (cos, sin)]
         norms = [[self._row(part, (half,)) for half in self._halves] for part in weights]
+        starts = (0, self.heads, self.heads + self.kv_heads, self.heads + 2 * self.kv_heads)
         tiles = [
             [
-                load(qkv, (token, self._heads(i), half), self.layout).astype(jnp.float32)
+                load(qkv, (token, pl.ds(first, end - first), half), self.layout).astype(jnp.float32)
                 for half in self._halves
             ]
-            for i in range(groups + 2)
+            for first, end in itertools.pairwise(starts)
         ]
-        for i, parts in enumerate(tiles):
-            if i > groups:
-                limit = float(jnp.finfo(qkv.dtype).max)
-                parts = [jnp.where(jnp.abs(part) <= limit, part, 0.0) for part in parts]
+        if norms:
+            tiles[:2] = map(partial(self._normed, qkv.dtype), tiles[:2], norms)
+        places = (q.at[token], keys.at[page, :, offset], values.at[page, :, offset])
+        limit = float(jnp.finfo(qkv.dtype).max)
+        for i, (first, second) in enumerate(tiles):
+            if i == 2:  # V
+                parts = [jnp.where(jnp.abs(x) <= limit, x, 0.0) for x in (first, second)]
             else:
-                if norms:
-                    parts = self._normed(parts, norms[i // groups], qkv.dtype)
-                (first, second), (cosine, sine) = parts, turn
+                cosine, sine = (self._for_each(row, first.shape[0]) for row in turn)
                 parts = [first * cosine - second * sine, second * cosine + first * sine]
             for half, part in zip(self._halves, parts, strict=True):
-                if i < groups:
-                    q[token, self._heads(i), half] = part.astype(qkv.dtype)
-                else:
-                    (keys, values)[i - groups][page, :, offset, half] = part.astype(qkv.dtype)
+                places[i][:, half] = part.astype(qkv.dtype)
 
-    def _normed(self, parts: list[jax.Array], own: list[jax.Array], dtype: Any) -> list[jax.Array]:
+    def _normed(self, dtype: Any, parts: list[jax.Array], own: list[jax.Array]) -> list[jax.Array]:
         """RMSNorm of each head, rounded as `rms_norm` does."""
         total = jnp.sum(parts[0] * parts[0] + parts[1] * parts[1], axis=1)
         scale = lax.rsqrt(total * (0.5 / self.half) + self.eps)
         parts = [part * lax.broadcast_in_dim(scale, part.shape, [0]) for part in parts]
+        own = [self._for_each(weight, parts[0].shape[0]) for weight in own]
         if self.plus_one:
             parts = [part * (1 + weight) for part, weight in zip(parts, own, strict=True)]
         else:
@@ -166,13 +167,12 @@ class RopeWrite:
         return [part.astype(dtype).astype(jnp.float32) for part in parts]
 
     def _row(self, ref: Any, index: tuple[Any, ...]) -> jax.Array:
-        """ref[index], the same for every head of a tile."""
-        row = load(ref, index, self.layout.reduce(0)).astype(jnp.float32)
-        return lax.broadcast_in_dim(row, (self.kv_heads, self.half), [1])
+        """ref[index], half a head's numbers."""
+        return load(ref, index, self.layout.reduce(0)).astype(jnp.float32)
+
+    def _for_each(self, row: jax.Array, heads: int) -> jax.Array:
+        return lax.broadcast_in_dim(row, (heads, self.half), [1])
 
     @property
     def _halves(self) -> tuple[Any, Any]:
         return pl.ds(0, self.half), pl.ds(self.half, self.half)
-
-    def _heads(self, i: int) -> Any:
-        return pl.ds(i * self.kv_heads, self.kv_heads)
