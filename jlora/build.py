@@ -38,7 +38,6 @@ from jlora.parts import MemoryPlan, Parts, Progress
 from jlora.shape import Shape
 from jlora.sharding import Layout, make_mesh
 from jlora.tokenizer import Tokenizer
-from kernels_pallas.lora_matmul import padding_free_rows
 
 log = logging.getLogger(__name__)
 
@@ -103,8 +102,6 @@ def build_engine(options: ModelOptions, *, progress: Progress | None = None) -> 
     model = load() if platform == "gpu" else None
 
     config = _engine_config(options, cfg, _PLATFORMS[platform])
-    if support == LEVELS["plain"] and not any(map(cfg.is_sparse, range(cfg.layers))):
-        config = replace(config, padding_free_rows=padding_free_rows(dtype))
     lora_pages = _lora_pages(options, layout, dtype, config.rank_page, support)
     rank_pages = RankPages(cfg, layout, mesh, lora_pages, dtype, config.rank_page, support)
     kv_page = _kv_page_bytes(layout, config, dtype)

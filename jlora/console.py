@@ -3,7 +3,6 @@ after Ctrl-C, the memory plan.
 """
 
 import importlib.metadata
-import importlib.util
 import logging
 import os
 import signal
@@ -28,30 +27,12 @@ from jlora.parts import MemoryPlan
 HOST_DEVICES = "--xla_force_host_platform_device_count"
 
 
-STABLE_GRAPHS = "--xla_gpu_command_buffer_update_mode=SKIP_TEMP"
-"""A step's temporary memory keeps its address, so its CUDA graph need not be changed before every
-launch: 3 ms less of the host's time for each step with LoRA of an 8B model (experiments/LOG.md)."""
-ALLOCATOR = "XLA_PYTHON_CLIENT_ALLOCATOR"
-
-
 def prepare_devices(mesh: int) -> None:
-    """Make jax show `mesh` CPU devices, and keep one GPU's graphs as they are. Must run before jax
-    is imported. What the user says in the environment wins."""
+    """Make jax show `mesh` CPU devices. Must run before jax is imported; GPUs are not affected."""
     assert "jax" not in sys.modules, "jax reads XLA_FLAGS when it is imported"
     flags = os.environ.get("XLA_FLAGS", "")
     if mesh > 1 and HOST_DEVICES not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} {HOST_DEVICES}={mesh}".strip()
-    named = STABLE_GRAPHS.partition("=")[0]
-    if mesh == 1 and _knows_stable_graphs() and named not in flags and ALLOCATOR not in os.environ:
-        os.environ["XLA_FLAGS"] = f"{flags} {STABLE_GRAPHS}".strip()
-        os.environ[ALLOCATOR] = "vmm"  # the one that can do it
-
-
-def _knows_stable_graphs() -> bool:
-    """XLA ends the process on a flag that it does not know: only the version that was tried."""
-    if not importlib.metadata.version("jax").startswith("0.11."):
-        return False
-    return any(importlib.util.find_spec(f"jax_cuda{cuda}_plugin") for cuda in (12, 13))
 
 
 def setup_logging(level: str) -> None:

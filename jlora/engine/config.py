@@ -51,10 +51,6 @@ class EngineConfig:
     """Active rank pages of the steps with LoRA (each shape also has a variant without); empty:
     RANK_ROWS up to 64 ranks for each of max_loras. The largest one bounds an adapter's rank."""
 
-    padding_free_rows: int = 0
-    """Token rows up to which padding rank pages cost nothing: steps that small come with one number
-    of rank pages only, so fewer programs compile."""
-
     def __post_init__(self) -> None:
         for name in [
             "max_model_len",
@@ -66,7 +62,7 @@ class EngineConfig:
             "prefill_block",
         ]:
             _at_least(name, getattr(self, name), 1)
-        for name in ["max_logprobs", "max_adapter_wait", "padding_free_rows"]:
+        for name in ["max_logprobs", "max_adapter_wait"]:
             _at_least(name, getattr(self, name), 0)
         if self.max_num_batched_tokens % self.prefill_block:
             raise ParameterError(
@@ -178,8 +174,6 @@ def buckets(config: EngineConfig) -> list[Shape]:
         ranks = {r for r in config.rank_page_buckets if least <= r <= most}
         if (decode, prefill) in largest or not ranks:
             ranks.add(config.max_rank_pages)
-        if decode + prefill <= config.padding_free_rows:
-            ranks = {max(ranks)}
         shapes += [
             Shape(
                 decode=decode,

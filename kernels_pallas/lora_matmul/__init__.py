@@ -19,7 +19,6 @@ K the result is a partial sum; with b and w sharded on N it is the local columns
 
 from kernels_pallas.lora_matmul.api import lora_delta as lora_delta
 from kernels_pallas.lora_matmul.api import lora_matmul as lora_matmul
-from kernels_pallas.lora_matmul.api import padding_free_rows as padding_free_rows
 from kernels_pallas.lora_matmul.types import PAGE as PAGE
 from kernels_pallas.lora_matmul.types import ActivePages as ActivePages
 from kernels_pallas.lora_matmul.types import RankPool as RankPool

@@ -20,13 +20,6 @@ FUSED_ROWS = 256
 """With more rows a step is bound by arithmetic, and XLA's own matmuls win."""
 
 
-def padding_free_rows(dtype: jax.typing.DTypeLike) -> int:
-    """Token rows up to which `lora_matmul` takes padding rank pages for nothing: there the fused
-    kernel runs, which counts the active ones itself. 0 where it does not run."""
-    fits = jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16) and jax.__version_info__ >= (0, 11)
-    return FUSED_ROWS if fits and is_hopper("lora_matmul") else 0
-
-
 def lora_delta(
     x: Float[Array, "T K"],
     pool: RankPool | ActivePages,

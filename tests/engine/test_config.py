@@ -60,30 +60,16 @@ def test_shapes_can_be_given_and_survive_replace():
     assert replace(config, seed=1).rank_page_buckets == (5,)
 
 
-def test_small_steps_whose_padding_is_free_come_with_one_number_of_rank_pages():
-    shapes = buckets(make(padding_free_rows=256))
-    assert len(shapes) == 12  # 19 without
-    for decode, prefill in {(shape.decode, shape.prefill) for shape in shapes}:
-        every = {s.rank_pages for s in shapes if (s.decode, s.prefill) == (decode, prefill)}
-        assert len(every) == 2 or decode + prefill > 256
-        usual = {
-            s.rank_pages for s in buckets(make()) if (s.decode, s.prefill) == (decode, prefill)
-        }
-        assert max(every) == max(usual), "what a step can hold stays"
-
-
 @given(
     st.sampled_from([1, 3, 8, 32, 100]),
     st.sampled_from([16, 48, 64, 256]),
     st.integers(1, 9),
-    st.sampled_from([0, 64, 1024]),
     st.data(),
 )
 def test_pick_gives_the_smallest_shape_that_fits_and_one_always_does(
-    seqs: int, tokens: int, loras: int, free: int, data: st.DataObject
+    seqs: int, tokens: int, loras: int, data: st.DataObject
 ):
-    limits = {"max_num_seqs": seqs, "max_num_batched_tokens": tokens}
-    config = make(**limits, max_loras=loras, padding_free_rows=free)
+    config = make(max_num_seqs=seqs, max_num_batched_tokens=tokens, max_loras=loras)
     shapes = buckets(config)
     rows = data.draw(st.integers(0, seqs))
     prefill = data.draw(st.integers(0, tokens))
