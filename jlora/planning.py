@@ -251,15 +251,15 @@ MEASURED = (
         source=_CPU_010,
     ),
     Measured(
-        device="cpu", shape="smollm2-135m", rows=8, context=76, active=0, rank=0, step=93e-3,
+        device="cpu", shape="smollm2-135m", rows=8, context=76, active=0, rank=0, step=99e-3,
         source=_CPU_001,
     ),
     Measured(
-        device="cpu", shape="smollm2-135m", rows=8, context=76, active=1, rank=16, step=74e-3,
+        device="cpu", shape="smollm2-135m", rows=8, context=76, active=1, rank=16, step=107e-3,
         source=_CPU_001,
     ),
     Measured(
-        device="cpu", shape="smollm2-135m", rows=8, context=76, active=5, rank=16, step=86e-3,
+        device="cpu", shape="smollm2-135m", rows=8, context=76, active=5, rank=16, step=110e-3,
         source=_CPU_001,
     ),
 )  # fmt: skip
