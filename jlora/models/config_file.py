@@ -38,6 +38,12 @@ class Reader:
             self.refuse(f"{key} must be a positive integer, got {value!r}")
         return value
 
+    def count(self, key: str, default: int) -> int:
+        value = self.value(key, default)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            self.refuse(f"{key} must be an integer of at least 0, got {value!r}")
+        return value
+
     def number(self, key: str, default: float) -> float:
         value = self.value(key, default)
         ok = isinstance(value, int | float) and not isinstance(value, bool)
@@ -346,12 +352,13 @@ def read_windows(get: Reader, family: Family, layers: int) -> tuple[int | None, 
     window = None if no_window and kind != "pattern" else get.size("sliding_window")
     types = get.data.get("layer_types")
     if types is None:
-        first = int(get.value("max_window_layers", 28)) if kind == "upper_layers" else 0
+        first = get.count("max_window_layers", 28) if kind == "upper_layers" else 0
         every = get.size("sliding_window_pattern") if kind == "pattern" else layers + 1
         slides = [layer >= first and (layer + 1) % every > 0 for layer in range(layers)]
         return tuple(window if slide else None for slide in slides)
     known = {"full_attention", "attention", "sliding_attention"}
-    if not isinstance(types, list) or len(types) != layers or not known.issuperset(types):
+    listed = isinstance(types, list) and all(isinstance(name, str) for name in types)
+    if not listed or len(types) != layers or not known.issuperset(types):
         get.refuse(f"layer_types must name one of {sorted(known)} for each of {layers} layers")
     sliding = [kind == "sliding_attention" for kind in types]
     mixes = kind in ("upper_layers", "pattern")
