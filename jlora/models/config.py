@@ -104,6 +104,10 @@ def group_of(projection: str) -> str:
     raise KeyError(projection)
 
 
+MAX_LAYERS = 4096
+"""More is a damaged config.json: per-layer lists of it would fill the memory."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """All facts of one base model. Hashable: it can be a static argument of a jitted function."""
@@ -319,7 +323,7 @@ class ModelConfig:
             if is_null(data, family.defaults, "num_key_value_heads")
             else get.size("num_key_value_heads")
         )
-        embed, layers = get.size("hidden_size"), get.size("num_hidden_layers")
+        embed, layers = get.size("hidden_size"), get.size("num_hidden_layers", most=MAX_LAYERS)
         no_head_dim = is_null(data, family.defaults, "head_dim")
         head_dim = embed // heads if no_head_dim else get.size("head_dim")
         if heads % kv_heads:

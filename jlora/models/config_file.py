@@ -4,7 +4,7 @@ Reads what transformers 4 and 5 write. What the decoder cannot compute exactly i
 """
 
 import json
-import math
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,10 +32,12 @@ class Reader:
         value = self.data.get(key, self.defaults.get(key))
         return default if value is None else value
 
-    def size(self, key: str) -> int:
+    def size(self, key: str, most: int = 2**31 - 1) -> int:
         value = self.value(key)
         if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
             self.refuse(f"{key} must be a positive integer, got {value!r}")
+        if value > most:
+            self.refuse(f"{key} must be at most {most}, got {str(value)[:20]}")
         return value
 
     def count(self, key: str, default: int) -> int:
@@ -47,8 +49,8 @@ class Reader:
     def number(self, key: str, default: float) -> float:
         value = self.value(key, default)
         ok = isinstance(value, int | float) and not isinstance(value, bool)
-        if not ok or not math.isfinite(value) or value <= 0:
-            self.refuse(f"{key} must be a positive number, got {value!r}")
+        if not ok or not 0 < value <= sys.float_info.max:
+            self.refuse(f"{key} must be a positive number, got {repr(value)[:80]}")
         return float(value)
 
     def flag(self, key: str) -> bool:
@@ -136,11 +138,11 @@ def read_architecture(data: Mapping[str, Any], name: str) -> str:
     architecture = names[0] if isinstance(names, list) and len(names) == 1 else names
     if data.get("auto_map") and not _is_transformers_own(data["auto_map"], architecture):
         raise ModelError(
-            f"{name}: config.json has auto_map: the model ({architecture}) needs code of its own "
+            f"{name}: config.json has auto_map: the model ({architecture!r}) needs code of its own "
             "to be run, and remote code is never imported"
         )
     if not isinstance(architecture, str) or architecture not in FAMILIES:
-        got = architecture or f"model_type {data.get('model_type')!r}"
+        got = repr(architecture) if architecture else f"model_type {data.get('model_type')!r}"
         supported = ", ".join((*FAMILIES, *MULTIMODAL))
         raise ModelError(f"{name}: architecture {got} is not supported; supported are {supported}")
     if quantization := data.get("quantization_config"):

@@ -281,11 +281,15 @@ def test_a_hub_cache_folder_is_named_after_its_repository(tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        ({"architectures": ["GPTNeoXForCausalLM"]}, "GPTNeoXForCausalLM is not supported; supported are Llama"),
+        ({"architectures": ["GPTNeoXForCausalLM"]}, "'GPTNeoXForCausalLM' is not supported; supported are Llama"),
         ({"architectures": ["Qwen2MoeForCausalLM"]}, "Qwen2MoeForCausalLM"),
         ({"architectures": None, "model_type": "mamba"}, "model_type 'mamba'"),
         ({"architectures": [], "model_type": []}, "not supported"),
         ({"architectures": ["A", "B"]}, "not supported"),
+        ({"architectures": ["A\nB"]}, "'A\\nB' is not supported"),
+        ({"num_hidden_layers": 10**30}, "num_hidden_layers must be at most 4096, got 1000"),
+        ({"hidden_size": 10**400}, "hidden_size must be at most"),
+        ({"rms_norm_eps": 10**400}, "rms_norm_eps must be a positive number"),
         ({"auto_map": {"AutoModelForCausalLM": "modeling_x.X"}}, "remote code"),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "'gptq'"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope type 'dynamic'"),
