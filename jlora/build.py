@@ -76,7 +76,7 @@ def build_engine(options: ModelOptions, *, progress: Progress | None = None) -> 
 
     Raises ModelError, AdapterError or ParameterError with one line for the user.
     """
-    persist_programs()
+    programs_folder = persist_programs()
     tell = progress or (lambda what, done, total: None)
     folder = Path(options.model) if options.model else demo_model_folder(tell)
     cfg = ModelConfig.from_folder(folder)
@@ -108,7 +108,9 @@ def build_engine(options: ModelOptions, *, progress: Progress | None = None) -> 
     num_pages = _kv_pages(options, config, kv_page, platform, options.mesh)
     config.check_num_pages(num_pages)
     abstract = abstract_decoder(layout, dtype, copy_head=copy_head)
-    runner = Runner(abstract, layout, mesh, rank_pages, config, num_pages)
+    runner = Runner(
+        abstract, layout, mesh, rank_pages, config, num_pages, programs_folder=programs_folder
+    )
     shapes = buckets(config)
 
     base = BaseWeights(folder, base_cfg) if options.load_format != "dummy" else None
@@ -173,17 +175,20 @@ def build_engine(options: ModelOptions, *, progress: Progress | None = None) -> 
     )
 
 
-def persist_programs() -> None:
-    """Keeps compiled programs between runs, in JLORA_CACHE/xla."""
-    folder = cache_folder() / "xla"
+def persist_programs() -> Path | None:
+    """Keeps compiled programs between runs: the engine's in JLORA_CACHE/programs, which is returned,
+    all others in JLORA_CACHE/xla."""
+    xla, programs = cache_folder() / "xla", cache_folder() / "programs"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        for folder in (xla, programs):
+            folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:  # a read-only home: every start compiles, nothing else is lost
         log.warning("compiled programs are not kept: %s; set JLORA_CACHE", error)
-        return
-    jax.config.update("jax_compilation_cache_dir", os.fspath(folder))
+        return None
+    jax.config.update("jax_compilation_cache_dir", os.fspath(xla))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    return programs
 
 
 def _dtype(asked: str, stored: str, platform: str) -> np.dtype:

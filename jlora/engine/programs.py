@@ -1,12 +1,15 @@
 """Every compiled program of an engine: steps by shape, sampling, prompt scoring, copies of pages.
 
-All are lowered and compiled by `compile_all`; asking for one that was not compiled is a KeyError,
-so nothing ever compiles while requests wait. All run under `jax.shard_map` and see local shapes.
+`compile_all` compiles them all, or loads them from a cache; asking for another is a KeyError, so
+nothing ever compiles while requests wait. All run under `jax.shard_map` and see local shapes.
 """
 
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from jlora.engine import sampler
 from jlora.engine.flat_model import FlatModel
+from jlora.engine.program_cache import ProgramCache, abstract
 from jlora.engine.sampler import Kind
 from jlora.engine.steps import Adapters, Part, Steps
 from jlora.models.config import STACKED_GROUPS
@@ -29,6 +33,18 @@ SCORE_ROWS = 32
 """Prompt tokens whose log-probabilities one scoring call computes."""
 
 
+@dataclass(frozen=True)
+class _Job:
+    """A program to be had."""
+
+    table: dict[Any, Any]
+    """Where it goes, at `key`."""
+    key: Any
+    name: str
+    """Says what `lower` lowers, beside what all programs of the engine have in common."""
+    lower: Callable[[], jax.stages.Lowered]
+
+
 class Programs:
     """Compiled programs, and the model's weights in the form in which they take them.
 
@@ -37,7 +53,7 @@ class Programs:
 
     def __init__(
         self,
-        abstract: Decoder,
+        model: Decoder,
         layout: Layout,
         mesh: Mesh,
         max_logprobs: int,
@@ -45,14 +61,17 @@ class Programs:
         copy_pages: bool,
         split: bool,
         kinds: Sequence[Kind],
+        folder: Path | None,
     ):
-        """`kinds` of sampling are compiled, ANY among them. `copy_pages`: steps take copies of the active rank pages instead of the pools. On a CPU
-        gathering them in every step costs as much as the matmuls that read them. `split`: a step is
-        several programs where the layers allow it, see steps.py."""
+        """`kinds` of sampling are compiled, ANY among them. `copy_pages`: steps take copies of the
+        active rank pages instead of the pools: on a CPU gathering them in every step costs as much
+        as the matmuls that read them. `split`: a step is several programs where the layers allow
+        it, see steps.py. `folder` keeps programs between runs."""
         self.layout, self.mesh, self.max_logprobs = layout, mesh, max_logprobs
         self.copy_pages, self.kinds = copy_pages, sorted(kinds)
-        self.dtype = abstract.norm.get_value().dtype
-        self.flat = FlatModel(abstract, mesh)
+        self.dtype = model.norm.get_value().dtype
+        self.flat = FlatModel(model, mesh)
+        self._split, self._folder = split, folder
         self._lowering = Steps(self.flat, layout.cfg, mesh, split=split)
         self.weights: list[Any] = []
         self._steps: dict[Shape, Callable[..., Any]] = {}
@@ -93,49 +112,72 @@ class Programs:
         slots: sampler.Slots,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
-        """Compiles the steps of all shapes and what goes with them; `progress(done, total)`."""
+        """Compiles or loads the steps of all shapes and what goes with them; `progress(done, total)`."""
         counts = sorted({shape.rank_pages for shape in shapes} - {0}) if self.copy_pages else []
-        sampled = [
-            (n, kind) for n in sorted({shape.rows for shape in shapes}) for kind in self.kinds
-        ]
         scored = sorted({shape.tokens for shape in shapes if shape.prefill})
         most = max(shape.rank_pages for shape in shapes)
         parts = {shape: self._lowering.parts(shape, pools) for shape in shapes}
-        wanted = list(dict.fromkeys(part for own in parts.values() for part in own))
-        total = len(counts) + len(wanted) + len(sampled) + len(scored)
         programs: dict[Part, Callable[..., Any]] = {}
-        jobs: list[tuple[dict, Any, Any]] = []
-        with ThreadPoolExecutor(max_workers=os.cpu_count() or 2) as workers:
 
-            def start(table: dict, key: Any, lowered: Any) -> None:
-                jobs.append((table, key, workers.submit(lowered.compile)))
-                tell()
+        def lower_part(part: Part) -> jax.stages.Lowered:
+            adapters = self._adapters(pools, part[1].rank_pages)
+            return self._lowering.lower(part, adapters, kv, slots.last)
 
-            def tell() -> None:
-                if progress is not None:
-                    progress(sum(future.done() for _, _, future in jobs), total)
+        jobs: list[_Job] = []
+        for count in counts:
+            lower = partial(self._lower_copy, count, pools)
+            jobs.append(_Job(self._copies, count, f"copy {count}", lower))
+        for part in dict.fromkeys(part for own in parts.values() for part in own):
+            jobs.append(_Job(programs, part, f"step {part}", partial(lower_part, part)))
+        for rows in sorted({shape.rows for shape in shapes}):
+            for kind in self.kinds:
+                lower = partial(self._lower_sample, rows, kind, slots)
+                jobs.append(_Job(self._samples, (rows, kind), f"sample {rows} {kind}", lower))
+        for tokens in scored:
+            lower = partial(self._lower_score, tokens, pools, most)
+            jobs.append(_Job(self._scores, tokens, f"score {tokens} {most}", lower))
+        self._run_all(jobs, self._cache(pools, kv, slots), progress)
+        for shape, own in parts.items():
+            self._steps[shape] = self._lowering.join(own, programs)
 
+    def _run_all(
+        self,
+        jobs: Sequence[_Job],
+        cache: ProgramCache,
+        progress: Callable[[int, int], None] | None,
+    ) -> None:
+        """Puts every job's program where it belongs."""
+        futures: list[Any] = []
+
+        def tell() -> None:
+            if progress is not None:
+                progress(sum(future.done() for future in futures), len(jobs))
+
+        with cache.compiling(), ThreadPoolExecutor(os.cpu_count() or 2) as workers:
             try:
-                # Lowering holds the interpreter's lock, compiling does not.
-                for count in counts:
-                    start(self._copies, count, self._lower_copy(count, pools))
-                for part in wanted:
-                    adapters = self._adapters(pools, part[1].rank_pages)
-                    lowered = self._lowering.lower(part, adapters, kv, slots.last)
-                    start(programs, part, lowered)
-                for rows, kind in sampled:
-                    start(self._samples, (rows, kind), self._lower_sample(rows, kind, slots))
-                for tokens in scored:
-                    start(self._scores, tokens, self._lower_score(tokens, pools, most))
-                for _ in as_completed([future for _, _, future in jobs]):
+                for job in jobs:
+                    if cache.has(job.name):
+                        futures.append(workers.submit(cache.load, job.name, job.lower))
+                    else:  # lowering holds the interpreter's lock, compiling does not
+                        futures.append(workers.submit(cache.compile, job.name, job.lower()))
                     tell()
-                for table, key, future in jobs:
-                    table[key] = future.result()
-                for shape, own in parts.items():
-                    self._steps[shape] = self._lowering.join(own, programs)
+                for _ in as_completed(futures):
+                    tell()
+                for job, future in zip(jobs, futures, strict=True):
+                    job.table[job.key] = future.result()
             except BaseException:  # Ctrl-C: don't compile the rest of the queue first
                 workers.shutdown(wait=False, cancel_futures=True)
                 raise
+        cache.prune()
+
+    def _cache(self, pools: Pools, kv: list[KV], slots: sampler.Slots) -> ProgramCache:
+        """Says of this engine all that lowering takes from it."""
+        facts = (
+            replace(self.layout.cfg, name=""),
+            (self.max_logprobs, self.copy_pages, self.kinds, self._split, str(self.dtype)),
+            abstract((self.flat.abstract, pools, kv, slots)),
+        )
+        return ProgramCache(self._folder, self.mesh, facts)
 
     def _map(self, function: Callable, in_specs: Any, out_specs: Any) -> Callable:
         return jax.shard_map(
@@ -147,8 +189,8 @@ class Programs:
         if not rank_pages:
             return Adapters(abstract=None, specs=P())
         if self.copy_pages:
-            abstract = self._copy_shapes[rank_pages]
-            return Adapters(abstract=abstract, specs=self._active_specs(pools))
+            copies = self._copied(rank_pages, pools)
+            return Adapters(abstract=copies, specs=self._active_specs(pools))
         return Adapters(abstract=pools, specs=_specs(pools))
 
     def _lower_sample(self, count: int, kind: Kind, slots: sampler.Slots) -> jax.stages.Lowered:
@@ -204,15 +246,20 @@ class Programs:
 
     def _lower_copy(self, count: int, pools: Pools) -> jax.stages.Lowered:
         pages = jax.ShapeDtypeStruct((count,), jnp.int32, sharding=sharding(self.mesh))
-        lowered = jax.jit(self._mapped_copy(pools)).lower(pools, pages)
-        self._copy_shapes[count] = jax.tree.map(
-            lambda leaf, place: jax.ShapeDtypeStruct(
-                leaf.shape, leaf.dtype, sharding=jax.NamedSharding(self.mesh, place)
-            ),
-            lowered.out_info,
-            self._active_specs(pools),
-        )
-        return lowered
+        return jax.jit(self._mapped_copy(pools)).lower(pools, pages)
+
+    def _copied(self, count: int, pools: Pools) -> list[dict[str, ActivePages]]:
+        """What copies of so many pages look like."""
+        if count not in self._copy_shapes:
+            pages = jax.ShapeDtypeStruct((count,), jnp.int32)
+            self._copy_shapes[count] = jax.tree.map(
+                lambda leaf, place: jax.ShapeDtypeStruct(
+                    leaf.shape, leaf.dtype, sharding=jax.NamedSharding(self.mesh, place)
+                ),
+                jax.eval_shape(self._mapped_copy(pools), pools, pages),
+                self._active_specs(pools),
+            )
+        return self._copy_shapes[count]
 
     def _active_specs(self, pools: Pools) -> list[dict[str, ActivePages]]:
         return [

@@ -12,6 +12,7 @@ from collections.abc import Sequence as Seq
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -77,9 +78,12 @@ class Runner:
         rank_pages: RankPages,
         config: EngineConfig,
         num_pages: int,
+        *,
+        programs_folder: Path | None = None,
     ):
         """Allocates K/V pools of `num_pages` pages and the slots; compiles nothing yet. Of the
-        model it takes the shapes: its weights go to `programs.load`."""
+        model it takes the shapes: its weights go to `programs.load`. Compiled programs are kept in
+        `programs_folder`."""
         cfg = layout.cfg
         self.config, self.rank_pages, self.vocab = config, rank_pages, cfg.vocab_rows
         self._on_cpu = on_cpu = mesh.devices.flat[0].platform == "cpu"
@@ -92,6 +96,7 @@ class Runner:
             split=on_cpu,
             # A branch costs a CPU nothing; it makes a GPU wait for the host.
             kinds=(Kind.ANY,) if on_cpu else tuple(Kind),
+            folder=programs_folder,
         )
         dtype = self.programs.dtype
         page = (num_pages, layout.kv_heads, config.page_size, cfg.head_dim)

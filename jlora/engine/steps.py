@@ -114,7 +114,8 @@ class Steps:
         self, shape: Shape, adapters: Adapters, kv: list[KV], last: jax.Array
     ) -> jax.stages.Lowered:
         def step(weights: list, adapters: Any, kv: list, last: jax.Array, packed: jax.Array):
-            model, batch = self._flat.merge(weights, self._every), unpack(shape, packed)
+            model = self._flat.merge(weights, self._every)
+            batch = _apart(unpack(shape, packed), last)
             own = ends(self._cfg, adapters)
             x = embed(model, own, batch, _resolve(batch, last, shape.decode))
             x, kv = through_layers(model, adapters, kv, batch, shape, x)
@@ -213,6 +214,14 @@ def _scores(
     rows = sampler.Rows(batch.slots, batch.positions[batch.last] + 1, batch.samples)
     scores = logits(model, hidden[batch.last], own, batch.sampled_segments)
     return scores, rows, hidden if shape.prefill else None
+
+
+def _apart(batch: Batch, last: jax.Array) -> Batch:
+    """The same in arrays of its own, for a CUDA graph. The packed array comes at another address in
+    every step, and the host must change each node of the graph that reads it: now the few that
+    copy. XLA neither folds the zero nor moves the copies past the barrier."""
+    zero = jnp.minimum(last[0], 0)
+    return jax.lax.optimization_barrier(jax.tree.map(lambda array: array + zero, batch))
 
 
 def _resolve(batch: Batch, last: jax.Array, decode: int) -> jax.Array:

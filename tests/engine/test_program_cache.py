@@ -1,0 +1,122 @@
+"""Kept programs run as compiled ones do, and are never taken for those of another engine."""
+
+import dataclasses
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
+
+from jlora.engine import program_cache
+from jlora.engine.program_cache import UNUSED_DAYS, ProgramCache
+from jlora.engine.programs import Programs
+from jlora.engine.sampler import Kind
+from jlora.models.config import ModelConfig
+from jlora.models.weights import abstract_decoder
+from jlora.sharding import Layout, make_mesh
+
+
+def refuse(*_: Any) -> None:
+    raise AssertionError("lowered")
+
+
+def test_a_program_that_xlas_own_cache_knows_is_kept_whole(tmp_path):
+    """A CPU program from there lacks functions when serialised: it loads, and fails when it runs."""
+    settings = {
+        "jax_compilation_cache_dir": str(tmp_path / "xla"),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: jax.config.values[name] for name in settings}
+    mesh, x = make_mesh(1), np.arange(64, dtype=np.float32).reshape(8, 8)
+
+    def lower() -> jax.stages.Lowered:
+        return jax.jit(lambda x: jnp.where(x > 9, jnp.sort(x @ x, 0), jnp.cumsum(x, 1))).lower(x)
+
+    try:
+        for name, value in settings.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        expected = lower().compile()(x)
+        assert list((tmp_path / "xla").iterdir())
+        cache = ProgramCache(tmp_path / "programs", mesh, ())
+        with cache.compiling():
+            cache.compile("f", lower())
+        assert jnp.array_equal(cache.load("f", refuse)(x), expected)  # type: ignore[arg-type]
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+
+
+def test_a_folder_that_cannot_be_written_only_costs_time(tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    cache = ProgramCache(tmp_path / "file" / "programs", make_mesh(1), ())
+    assert not cache.has("f")
+    assert cache.compile("f", jax.jit(lambda x: x + 1).lower(1))(1) == 2
+    cache.prune()
+
+
+def names(cfg: ModelConfig, mesh: int = 1, **options: Any) -> set[Path]:
+    """The entries that engines of this kind read."""
+    layout, devices = Layout(cfg, mesh), make_mesh(mesh)
+    dtype = np.dtype(options.pop("dtype", "float32"))
+    given: dict[str, Any] = {"copy_pages": True, "split": True, "kinds": (Kind.ANY,)} | options
+    programs = Programs(
+        abstract_decoder(layout, dtype, copy_head=True),
+        layout,
+        devices,
+        given.pop("max_logprobs", 5),
+        folder=Path("/programs"),
+        **given,
+    )
+    pools = given.pop("pools", [])
+    cache = programs._cache(pools, [], [])  # type: ignore[arg-type]
+    return {cache._path(name) for name in ("step 1", "step 2")}
+
+
+def test_engines_that_differ_in_anything_share_no_entry(tiny_model, monkeypatch):
+    cfg = ModelConfig.from_folder(tiny_model("llama"))
+    rope = dataclasses.replace(cfg.rope, theta=cfg.rope.theta * 2)
+    kinds = [
+        names(cfg),
+        names(cfg, mesh=2),
+        names(cfg, dtype="float16"),
+        names(cfg, max_logprobs=6),
+        names(cfg, split=False),
+        names(cfg, copy_pages=False),
+        names(cfg, kinds=(Kind.GREEDY, Kind.ANY)),
+        names(dataclasses.replace(cfg, norm_eps=cfg.norm_eps * 2)),
+        names(dataclasses.replace(cfg, rope=rope)),
+        names(dataclasses.replace(cfg, windows=(8,) * cfg.layers)),
+        names(dataclasses.replace(cfg, activation="gelu_tanh")),
+    ]
+    with monkeypatch.context() as patch:
+        patch.setenv("XLA_FLAGS", f"{os.environ['XLA_FLAGS']} --xla_cpu_enable_fast_math=true")
+        kinds.append(names(cfg))
+    for name in ("_sources", "_versions", "_machine"):
+        with monkeypatch.context() as patch:
+            patch.setattr(program_cache, name, lambda: "another")
+            kinds.append(names(cfg))
+    assert len(set.union(*kinds)) == 2 * len(kinds)
+    assert names(dataclasses.replace(cfg, name="moved")) == names(cfg) == kinds[0]
+
+
+def test_every_source_file_is_part_of_the_key():
+    files = set(program_cache._files())
+    root = Path(program_cache.__file__).parents[2]
+    assert files == {*(root / "jlora").rglob("*.py"), *(root / "kernels_pallas").rglob("*.py")}
+    assert len(files) > 80
+
+
+def test_entries_that_nobody_uses_any_more_are_deleted(tmp_path):
+    for name, days in (("old", UNUSED_DAYS + 1), ("used", UNUSED_DAYS - 1)):
+        (tmp_path / name).write_text("entry")
+        then = time.time() - days * 86400
+        os.utime(tmp_path / name, (then, then))
+    ProgramCache(tmp_path, make_mesh(1), ()).prune()
+    assert [path.name for path in tmp_path.iterdir()] == ["used"]
