@@ -326,4 +326,4 @@ def _load_adapters(options: ModelOptions, store: AdapterStore) -> list[AdapterEn
         named = {module.name for module in modules}
         demo = (LoraModule(name=name, path=str(path)) for name, path in DEMO_ADAPTERS.items())
         modules = [module for module in demo if module.name not in named] + modules
-    return [store.load(module.name, module.path, pinned=module.pinned) for module in modules]
+    return store.load_all([(module.name, module.path, module.pinned) for module in modules])

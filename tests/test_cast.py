@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jlora.cast import narrowed
+from jlora.cast import largest, narrowed
 from jlora.errors import AdapterError, ModelError
 
 TYPES = {
@@ -45,3 +45,16 @@ def test_what_fits_is_rounded_as_numpy_rounds(values: list[float]) -> None:
     half = narrowed(array, np.dtype(np.float16), "w", ModelError)
     np.testing.assert_array_equal(half, array.astype(np.float16))
     assert narrowed(array, array.dtype, "w", ModelError) is array
+
+
+@pytest.mark.parametrize("name", ["float16", "bfloat16", "float32", "float64"])
+def test_the_largest_magnitude_is_numpys_and_shows_what_is_not_finite(name):
+    dtype = np.dtype(getattr(ml_dtypes, name, name))
+    values = np.random.default_rng(0).standard_normal((7, 33)).astype(dtype)
+    for view in (values, values.T, values[::2, 3:], np.zeros((2, 0), dtype)):
+        expected = float(np.abs(view.astype(np.float64)).max(initial=0))
+        assert largest(view) == expected
+    for bad in (np.inf, -np.inf, np.nan, -np.nan):
+        values[3, 5] = bad
+        assert not np.isfinite(largest(values))
+        assert np.isnan(largest(values)) == np.isnan(bad)

@@ -43,6 +43,7 @@ from jlora.adapters.tensors import (
     read_tensor,
 )
 from jlora.adapters.torch_file import read_bin_header
+from jlora.cast import largest
 from jlora.errors import AdapterError, AdapterNotFound
 from jlora.models.config import EXPERT_GROUPS, ModelConfig
 
@@ -232,8 +233,7 @@ class _Reader:
 
     def _scaling(self, name: str, rank: int, info: TensorInfo, b: np.ndarray) -> float:
         scaling = self.config.scaling_of(name, rank)
-        largest = float(np.max(np.abs(b))) * abs(scaling)
-        if not largest <= float(np.finfo(np.float32).max):
+        if not largest(b) * abs(scaling) <= float(np.finfo(np.float32).max):
             raise AdapterError(f"{self.folder}: scaling {scaling} overflows {info.name!r}")
         return scaling
 

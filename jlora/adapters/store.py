@@ -29,6 +29,9 @@ from jlora.errors import AdapterError, AdapterNotFound, UnknownModelError
 
 log = logging.getLogger(__name__)
 
+READERS = 8
+"""Threads of `load_all`: reading is copying and hashing, which let go of the interpreter's lock."""
+
 MAX_MIXES = 64
 """Weighted mixes that are kept; one more pushes out the one that was asked for least recently."""
 
@@ -82,27 +85,56 @@ class AdapterStore(Generic[S]):
         check_name(name, self.reserved)
         with self._lock:
             self._check_free(name, replace)
-        entry = self._register(name, os.fspath(path), self._names, pinned=pinned, replace=replace)
+        fetched = self._fetch(name, path := os.fspath(path))
+        entry = self._enter(name, path, self._names, fetched, pinned=pinned, replace=replace)
         log.info("%s", entry.summary())
         return entry
 
-    def _register(
+    def load_all(self, adapters: Sequence[tuple[str, str, bool]]) -> list[AdapterEntry]:
+        """`load` for several (name, path, pinned): read side by side, entered in this order. The first
+        error ends it; the adapters before are there."""
+        for name, _, _ in adapters:
+            check_name(name, self.reserved)
+            with self._lock:
+                self._check_free(name, replace=False)
+        entries = []
+        with ThreadPoolExecutor(READERS, thread_name_prefix="adapter-read") as readers:
+            reads = [readers.submit(self._fetch, name, path) for name, path, _ in adapters]
+            try:
+                for n, (name, path, pinned) in enumerate(adapters):
+                    fetched, reads[n] = reads[n].result(), None  # type: ignore[assignment]
+                    entry = self._enter(name, path, self._names, fetched, pinned=pinned)
+                    log.info("%s", entry.summary())
+                    entries.append(entry)
+            except BaseException:  # Ctrl-C: don't read the rest first
+                readers.shutdown(wait=False, cancel_futures=True)
+                raise
+        return entries
+
+    def _fetch(
+        self, name: str, path: str, mix: tuple[tuple[AdapterEntry, float], ...] = ()
+    ) -> tuple[S, float]:
+        """Reads an adapter or a mix: (staged, seconds)."""
+        try:
+            return self._reader.fetch(path, mix)
+        except AdapterNotFound as error:
+            raise AdapterNotFound(f"Loading lora {name} failed: {error}") from None
+        except (AdapterError, OSError) as error:
+            raise AdapterError(f"Loading lora {name} failed: {error}") from None
+
+    def _enter(
         self,
         name: str,
         path: str,
         table: dict[str, Record[S]],
+        fetched: tuple[S, float],
         *,
         pinned: bool = False,
         replace: bool = False,
         mix: tuple[tuple[AdapterEntry, float], ...] = (),
     ) -> AdapterEntry:
-        """Reads an adapter or a mix and enters it in a table of names."""
-        try:
-            staged, seconds = self._reader.fetch(path, mix)
-        except AdapterNotFound as error:
-            raise AdapterNotFound(f"Loading lora {name} failed: {error}") from None
-        except (AdapterError, OSError) as error:
-            raise AdapterError(f"Loading lora {name} failed: {error}") from None
+        """Enters what was read in a table of names."""
+        staged, seconds = fetched
         entry = AdapterEntry(
             name=name,
             path=path,
@@ -173,7 +205,7 @@ class AdapterStore(Generic[S]):
                     entry.generation for entry, _ in parts
                 ):
                     return record.entry
-        entry = self._register(name, name, self._mixes, mix=parts)
+        entry = self._enter(name, name, self._mixes, self._fetch(name, name, parts), mix=parts)
         with self._lock:
             if (record := self._mixes.get(name)) is not None:
                 record.generations = tuple(entry.generation for entry, _ in parts)

@@ -6,6 +6,8 @@ model's name; what the decoder cannot compute exactly is refused by name. No jax
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -235,17 +237,27 @@ class ModelConfig:
 
     def modules_of(self, layer: int) -> tuple[str, ...]:
         """The linears of a layer by their checkpoint names, but for those of sparse MLPs."""
-        parts = (part for group in self.groups(layer) for part in GROUPS[group])
-        return tuple(dict.fromkeys(self.stored_in(part)[0] for part in parts))
+        return self._modules[layer]
 
     def sparse_modules(self, layer: int) -> tuple[str, ...]:
         """The rest of them: router and experts."""
         return tuple(self.experts.modules()) if self.experts and self.is_sparse(layer) else ()
 
-    @property
+    @cached_property
     def modules(self) -> tuple[str, ...]:
-        """Those of any layer."""
-        return tuple(dict.fromkeys(m for at in range(self.layers) for m in self.modules_of(at)))
+        """The linears of any layer, in the same sense."""
+        return tuple(dict.fromkeys(chain(*self._modules)))
+
+    @cached_property
+    def _modules(self) -> list[tuple[str, ...]]:
+        """By layer. Readers of adapters ask for each tensor."""
+        stored = {part: self.stored_in(part)[0] for parts in GROUPS.values() for part in parts}
+        return [
+            tuple(
+                dict.fromkeys(stored[part] for group in self.groups(at) for part in GROUPS[group])
+            )
+            for at in range(self.layers)
+        ]
 
     @property
     def default_context(self) -> int:

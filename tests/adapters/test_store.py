@@ -31,6 +31,34 @@ def test_a_taken_name_is_refused_without_reading(make: Any, disk: Disk) -> None:
     assert disk.reads == ["/a"]
 
 
+def test_adapters_loaded_together_are_listed_in_the_order_given(make: Any, disk: Disk) -> None:
+    store = make()
+    entries = store.load_all([("b", "/b", False), ("a", "/a", True), ("c", "/a", False)])
+    assert [entry.name for entry in entries] == ["b", "a", "c"]
+    assert [facts["name"] for facts in store.adapters()] == ["b", "a", "c"]
+    assert [entry.pinned for entry in entries] == [False, True, False]
+    assert sorted(disk.reads) == ["/a", "/a", "/b"]
+
+
+def test_the_first_of_several_that_fails_is_named_and_those_before_it_stay(make: Any) -> None:
+    store = make()
+    with pytest.raises(AdapterNotFound, match="Loading lora x failed: No adapter found for /none"):
+        store.load_all([("a", "/a", False), ("x", "/none", False), ("y", "/none", False)])
+    assert [facts["name"] for facts in store.adapters()] == ["a"]
+
+
+def test_a_bad_name_among_several_is_refused_before_anything_is_read(make: Any, disk: Disk) -> None:
+    store = make()
+    store.load("a", "/a")
+    for name, words in (("a", "already been loaded"), ("base", "served base"), ("x/y", "name")):
+        with pytest.raises(AdapterError, match=words):
+            store.load_all([("b", "/b", False), (name, "/b", False)])
+    with pytest.raises(AdapterError, match="'b' has already been loaded"):
+        store.load_all([("b", "/b", False), ("b", "/a", False)])
+    assert disk.reads[0] == "/a"
+    assert "x/y" not in store
+
+
 def test_an_adapter_that_no_step_can_hold_is_refused_though_the_device_has_room(
     make: Any, disk: Disk
 ) -> None:
