@@ -1,7 +1,13 @@
-"""How much memory a device has, and how much of it is taken."""
+"""How much memory a device has, how much of it is taken, and how small arrays lie in it."""
 
 import ctypes
 from typing import Any
+
+import jax
+import numpy as np
+
+SMALL_BLOCKS = {4 << 10: 256, 128 << 10: 256}
+"""Bytes of a block -> how many `small_blocks` lays out, half of them free."""
 
 
 def device_memory(device: Any) -> tuple[int, int]:
@@ -14,6 +20,26 @@ def device_memory(device: Any) -> tuple[int, int]:
     if "bytes_limit" in stats:
         return stats["bytes_limit"], stats["bytes_in_use"]
     return _cuda_memory(device.local_hardware_id)
+
+
+def small_blocks(device: Any, most: int) -> list[jax.Array]:
+    """Leaves free blocks for arrays of up to `most` bytes between blocks that the result holds.
+
+    A step's inputs and results are small and come and go; its temporary buffer is large. XLA's
+    allocator (best fit, adjacent free blocks joined) cuts a small array off the large free region
+    if it finds nothing smaller; then the next step's temporary buffer begins elsewhere, and XLA
+    changes every node of the step's CUDA graph on the host: 1 to 5 ms. With blocks of their own
+    small arrays come back to the same places, and nothing is changed (experiments/LOG.md).
+    """
+    sizes = dict(SMALL_BLOCKS)
+    if most > max(sizes):
+        sizes[most] = 8
+    held: list[jax.Array] = []
+    for size, count in sizes.items():
+        blocks = [jax.device_put(np.zeros(size, np.uint8), device) for _ in range(count)]
+        jax.block_until_ready(blocks)
+        held += blocks[1::2]
+    return held
 
 
 def _cuda_memory(ordinal: int) -> tuple[int, int]:

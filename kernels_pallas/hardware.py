@@ -22,6 +22,14 @@ def is_hopper(kernel: str) -> bool:
 
 
 @cache
+def load_runtime() -> None:
+    """Loads what compiled kernels call. Lowering one does; a program that comes compiled from a file
+    needs it first ("Symbols not found: mosaic_gpu_launch_kernel")."""
+    if jax.default_backend() == "gpu":
+        from jax.experimental.pallas import mosaic_gpu as mosaic_gpu
+
+
+@cache
 def say_once(message: str) -> None:
     """A warning that is logged the first time only."""
     _log.warning(message)

@@ -68,6 +68,7 @@ ALLOWED = {
     | {"jlora.inspection", "jlora.models", "jlora.adapters", "jlora.export"},
     "jlora.engine": HOST
     | {"jlora.engine", "jlora.models", "jlora.adapters", "jlora.batch", "jlora.sharding"}
+    | {"jlora.device_memory"}
     | {"jlora.ops", "kernels_pallas"},  # types of a step's arrays, and the copy of active pages
     "jlora.server": {"jlora.server", "jlora.llm", "jlora.parts", "jlora.stream", "jlora.outputs"}
     | {"jlora.options", "jlora.tokenizer", "jlora.chat_template", "jlora.errors", "jlora"}

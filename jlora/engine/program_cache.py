@@ -28,6 +28,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 
 import kernels_pallas
+from kernels_pallas.hardware import load_runtime
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +44,7 @@ class ProgramCache:
     def __init__(self, folder: Path | None, mesh: Mesh, facts: object):
         """`facts`: whatever lowering takes from the engine; its repr must say all of it. No
         `folder`: every program is compiled, none is kept."""
+        load_runtime()
         self._folder, self._devices = folder, list(mesh.devices.flat)
         kinds = [(device.device_kind, device.id) for device in self._devices]
         client = self._devices[0].client.platform_version

@@ -22,6 +22,7 @@ from jax.sharding import Mesh
 
 from jlora.adapters.pool import RankPages
 from jlora.batch import empty, pack
+from jlora.device_memory import small_blocks
 from jlora.engine import sampler
 from jlora.engine.config import EngineConfig
 from jlora.engine.params import SamplingParams
@@ -119,6 +120,7 @@ class Runner:
         # By rank pages of a shape: the pages that were copied out last, and their copies.
         self._copied: dict[int, tuple[list[int], Any]] = {}
         self._first_runs: list[Shape] = []
+        self._small_blocks: list[jax.Array] = []
 
     @property
     def kv_bytes(self) -> int:
@@ -163,6 +165,10 @@ class Runner:
 
     def warm_up(self) -> None:
         """Runs every program once, on a CPU the first only, and prepares the slots."""
+        if not self._on_cpu:
+            most = 4 * max(shape.words for shape in self._first_runs)
+            for device in self.programs.mesh.devices.flat:
+                self._small_blocks += small_blocks(device, most)
         self.rank_pages.warm_up()
         # A first run costs a second: a GPU captures its graph in it, XLA:CPU prepares its matmuls.
         # On a CPU that is as much as compiling (from the cache) took, so only one runs now.
