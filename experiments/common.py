@@ -108,18 +108,22 @@ def markdown(group: Group) -> str:
             *(cell(key, row) for key in ("adapters", "popularity", "ranks", "tok_s", "spread")),
             f"{cell('ratio_to_base', row)} ({rounds})",
             f"{row['ttft_p50']:.0f} / {row['ttft_p99']:.0f}",
-            f"{row['itl_p50']:.0f} / {row['itl_p99']:.0f}",
+            f"{_ms(row['itl_p50'])} / {_ms(row['itl_p99'])}",
             f"{row.get('evicted_from_device', 0):.0f}",
             f"{row.get('others_cpu', 0):.0%}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    host = group.session["host"]
-    lines += [
-        "",
-        f"Commit {', '.join(group.commits)}, {host['cpu']}, {host['cores']} cores, "
-        f"jax {group.session['versions']['jax']}.",
-    ]
+    host, device = group.session["host"], group.session["device"]
+    on = f"{host['cpu']}, {host['cores']} cores"
+    if device["platform"] != "cpu":
+        on = f"{device['count']} x {device['kind']}, {host['cores']} cores"
+    jax = group.session["versions"]["jax"]
+    lines += ["", f"Commit {', '.join(group.commits)}, {on}, jax {jax}."]
     return "\n".join(lines)
+
+
+def _ms(value: float) -> str:
+    return f"{value:.1f}" if value < 20 else f"{value:.0f}"
 
 
 def run(command: Sequence[str]) -> int:
@@ -142,6 +146,15 @@ def draw(plot: Plot, groups: list[Group], path: Path) -> None:
     figure = Figure(figsize=(7.2, 3.2), layout="constrained")
     plot(figure, groups)
     figure.savefig(path, metadata={"Date": None})
+
+
+def room(group: Group) -> int:
+    """Adapters of the group's (first) rank that the device has room for."""
+    workload, plan = group.session["workload"], group.session["plan"]
+    if workload["room"] is not None:
+        return workload["room"]
+    rank = max(int(part) for part in workload["ranks"][0].split(","))
+    return plan["adapter_page_count"] // -(-rank // plan["adapter_page_rows"])
 
 
 def error_bars(rows: Sequence[dict[str, Any]], key: str = "ratio") -> tuple[list, list]:

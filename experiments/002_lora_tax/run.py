@@ -4,18 +4,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from experiments.common import Experiment, Group, plot_ratios
+from experiments.common import Experiment, Group, plot_ratios, room
 
 
 def plot(figure: Any, groups: list[Group]) -> None:
     """Speed over base and the time between tokens."""
     group = groups[-1]
-    room = group.session["workload"]["room"]
     rows = [*group.of("base"), *group.of("unmerged")]
     labels = [
         "none"
         if not row["adapters"]
-        else f"{row['adapters']}{' (churn)' if row['adapters'] > room else ''}"
+        else f"{row['adapters']}{' (churn)' if row['adapters'] > room(group) else ''}"
         for row in rows
     ]
     plot_ratios(figure, rows, labels, "adapters in turn")

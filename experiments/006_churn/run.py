@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from experiments.common import Experiment, Group, error_bars
+from experiments.common import Experiment, Group, error_bars, room
 
 
 def plot(figure: Any, groups: list[Group]) -> None:
@@ -24,7 +24,7 @@ def plot(figure: Any, groups: list[Group]) -> None:
     moved.plot(numbers, per_request, "o-")
     moved.set_ylabel("evictions per request")
     for axes in (speed, first, moved):
-        axes.axvline(group.session["workload"]["room"], color="#999999", linestyle=":")
+        axes.axvline(room(group), color="#999999", linestyle=":")
         axes.set_ylim(bottom=0)
         axes.set_xlabel("adapters (dotted: room)")
 
