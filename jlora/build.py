@@ -180,8 +180,8 @@ def persist_programs() -> Path | None:
     all others in JLORA_CACHE/xla."""
     xla, programs = cache_folder() / "xla", cache_folder() / "programs"
     try:
-        for folder in (xla, programs):
-            folder.mkdir(parents=True, exist_ok=True)
+        for folder in (xla, programs):  # what lies there is run: nobody else may write
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:  # a read-only home: every start compiles, nothing else is lost
         log.warning("compiled programs are not kept: %s; set JLORA_CACHE", error)
         return None
