@@ -12,11 +12,14 @@ from tests import tiny
 
 def pytest_configure(config: pytest.Config) -> None:
     """Runs before any test module is imported, and so before jax is."""
-    flag = "--xla_force_host_platform_device_count"
-    if flag not in os.environ.get("XLA_FLAGS", ""):
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}=4".strip()
+    flags = {"--xla_force_host_platform_device_count": "4"}
     if config.getoption("markexpr", "") != "gpu":
         os.environ["JAX_PLATFORMS"] = "cpu"
+        # Hundreds of programs run a few times each: LLVM's optimisations take longer than they save.
+        flags["--xla_backend_optimization_level"] = "0"
+    for flag, value in flags.items():
+        if flag not in os.environ.get("XLA_FLAGS", ""):
+            os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}={value}".strip()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 

@@ -39,16 +39,16 @@ _XLA_CACHE = threading.Lock()
 
 
 class ProgramCache:
-    """Programs of one engine by name, in a folder that engines share."""
+    """Programs by name, in a folder that engines share. A name must say whatever lowering takes from
+    the engine, but for its mesh: engines that agree in it share the program."""
 
-    def __init__(self, folder: Path | None, mesh: Mesh, facts: object):
-        """`facts`: whatever lowering takes from the engine; its repr must say all of it. No
-        `folder`: every program is compiled, none is kept."""
+    def __init__(self, folder: Path | None, mesh: Mesh):
+        """No `folder`: every program is compiled, none is kept."""
         load_runtime()
         self._folder, self._devices = folder, list(mesh.devices.flat)
         kinds = [(device.device_kind, device.id) for device in self._devices]
         client = self._devices[0].client.platform_version
-        self._facts = repr((_environment(), client, kinds, mesh.shape, jax.process_index(), facts))
+        self._facts = repr((_environment(), client, kinds, mesh.shape, jax.process_index()))
 
     def has(self, name: str) -> bool:
         """Whether `load` will probably work."""
@@ -65,7 +65,7 @@ class ProgramCache:
             os.utime(path)
         # Whatever damaged bytes raise: the entry is worthless, the program is not.
         except Exception as error:
-            log.info("%s is compiled again, its kept program is unusable: %s", name, error)
+            log.info("%.80s is compiled again, its kept program is unusable: %s", name, error)
             return self.compile(name, lower())
         return program
 
@@ -82,7 +82,7 @@ class ProgramCache:
             own.write_bytes(entry)
             own.replace(path)
         except (OSError, ValueError, NotImplementedError, pickle.PicklingError) as error:
-            log.info("%s is not kept: %s", name, error)
+            log.info("%.80s is not kept: %s", name, error)
             with suppress(OSError):
                 own.unlink()
         return program

@@ -123,30 +123,34 @@ class Programs:
             adapters = self._adapters(pools, part[1].rank_pages)
             return self._lowering.lower(part, adapters, kv, slots.last)
 
+        cfg = replace(self.layout.cfg, name="")
+        model = f"{cfg} {self.dtype} {self.copy_pages} {self._split} {abstract(self.flat.abstract)}"
+        pages, memory, state = map(
+            str, (abstract(pools), abstract((kv, slots.last)), abstract(slots))
+        )
         jobs: list[_Job] = []
         for count in counts:
             lower = partial(self._lower_copy, count, pools)
-            jobs.append(_Job(self._copies, count, f"copy {count}", lower))
+            jobs.append(_Job(self._copies, count, f"copy {count} {cfg} {pages}", lower))
         for part in dict.fromkeys(part for own in parts.values() for part in own):
-            jobs.append(_Job(programs, part, f"step {part}", partial(lower_part, part)))
+            name = f"step {part} {model} {pages} {memory}"
+            jobs.append(_Job(programs, part, name, partial(lower_part, part)))
         for rows in sorted({shape.rows for shape in shapes}):
             for kind in self.kinds:
+                name = f"sample {rows} {kind} {self.max_logprobs} {cfg.vocab_rows} {state}"
                 lower = partial(self._lower_sample, rows, kind, slots)
-                jobs.append(_Job(self._samples, (rows, kind), f"sample {rows} {kind}", lower))
+                jobs.append(_Job(self._samples, (rows, kind), name, lower))
         for tokens in scored:
+            name = f"score {tokens} {most} {self.max_logprobs} {model} {pages}"
             lower = partial(self._lower_score, tokens, pools, most)
-            jobs.append(_Job(self._scores, tokens, f"score {tokens} {most}", lower))
-        self._run_all(jobs, self._cache(pools, kv, slots), progress)
+            jobs.append(_Job(self._scores, tokens, name, lower))
+        self._run_all(jobs, progress)
         for shape, own in parts.items():
             self._steps[shape] = self._lowering.join(own, programs)
 
-    def _run_all(
-        self,
-        jobs: Sequence[_Job],
-        cache: ProgramCache,
-        progress: Callable[[int, int], None] | None,
-    ) -> None:
+    def _run_all(self, jobs: Sequence[_Job], progress: Callable[[int, int], None] | None) -> None:
         """Puts every job's program where it belongs."""
+        cache = ProgramCache(self._folder, self.mesh)
         futures: list[Any] = []
 
         def tell() -> None:
@@ -169,15 +173,6 @@ class Programs:
                 workers.shutdown(wait=False, cancel_futures=True)
                 raise
         cache.prune()
-
-    def _cache(self, pools: Pools, kv: list[KV], slots: sampler.Slots) -> ProgramCache:
-        """Says of this engine all that lowering takes from it."""
-        facts = (
-            replace(self.layout.cfg, name=""),
-            (self.max_logprobs, self.copy_pages, self.kinds, self._split, str(self.dtype)),
-            abstract((self.flat.abstract, pools, kv, slots)),
-        )
-        return ProgramCache(self._folder, self.mesh, facts)
 
     def _map(self, function: Callable, in_specs: Any, out_specs: Any) -> Callable:
         return jax.shard_map(

@@ -7,6 +7,8 @@ import threading
 from types import SimpleNamespace
 from typing import Any
 
+import jax
+import numpy as np
 import pytest
 
 from jlora.engine.config import EngineConfig, buckets
@@ -162,6 +164,10 @@ def test_a_shutdown_gives_time_to_a_request_that_no_step_has_seen(parts):
 def test_an_interrupt_while_compiling_does_not_compile_the_rest_first(monkeypatch):
     from jlora.engine.programs import Programs
     from jlora.engine.sampler import Kind, empty_slots
+    from jlora.models.config import ModelConfig
+    from jlora.models.weights import abstract_decoder
+    from jlora.sharding import Layout, make_mesh, sharding
+    from tests import tiny
 
     compiled: list[int] = []
 
@@ -180,13 +186,16 @@ def test_an_interrupt_while_compiling_does_not_compile_the_rest_first(monkeypatc
     def interrupted(done: int, total: int) -> None:
         raise KeyboardInterrupt
 
-    programs = Programs.__new__(Programs)
-    programs.copy_pages, programs.kinds = False, [Kind.ANY]
-    programs._steps, programs._samples, programs._scores = {}, {}, {}
-    slots = empty_slots(1, 8)
-    programs._lowering = Lowering()  # type: ignore[assignment]
+    cfg = ModelConfig.from_dict(tiny.model_config("llama"))
+    layout, mesh = Layout(cfg, 1), make_mesh(1)
+    model = abstract_decoder(layout, np.dtype(np.float32), copy_head=True)
+    programs = Programs(
+        model, layout, mesh, 5, copy_pages=False, split=False, kinds=[Kind.ANY], folder=None
+    )
+    slots = jax.device_put(empty_slots(1, cfg.vocab_rows), sharding(mesh))
+    monkeypatch.setattr(programs, "_lowering", Lowering())
     for name in ("_lower_sample", "_lower_score"):
-        monkeypatch.setattr(programs, name, lambda *_: Lowered(), raising=False)
+        monkeypatch.setattr(programs, name, lambda *_: Lowered())
     shapes = buckets(CONFIG)
     with pytest.raises(KeyboardInterrupt):
         programs.compile_all(shapes, [], [], slots, interrupted)

@@ -9,15 +9,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
+from jlora.adapters.pool import RankPages
 from jlora.engine import program_cache
+from jlora.engine.config import EngineConfig, buckets
 from jlora.engine.program_cache import UNUSED_DAYS, ProgramCache
 from jlora.engine.programs import Programs
-from jlora.engine.sampler import Kind
+from jlora.engine.sampler import Kind, empty_slots
 from jlora.models.config import ModelConfig
 from jlora.models.weights import abstract_decoder
-from jlora.sharding import Layout, make_mesh
+from jlora.sharding import Layout, make_mesh, sharding
 
 
 def refuse(*_: Any) -> None:
@@ -43,7 +46,7 @@ def test_a_program_that_xlas_own_cache_knows_is_kept_whole(tmp_path):
         compilation_cache.reset_cache()
         expected = lower().compile()(x)
         assert list((tmp_path / "xla").iterdir())
-        cache = ProgramCache(tmp_path / "programs", mesh, ())
+        cache = ProgramCache(tmp_path / "programs", mesh)
         with cache.compiling():
             cache.compile("f", lower())
         assert jnp.array_equal(cache.load("f", refuse)(x), expected)  # type: ignore[arg-type]
@@ -55,16 +58,21 @@ def test_a_program_that_xlas_own_cache_knows_is_kept_whole(tmp_path):
 
 def test_a_folder_that_cannot_be_written_only_costs_time(tmp_path):
     (tmp_path / "file").write_text("not a folder")
-    cache = ProgramCache(tmp_path / "file" / "programs", make_mesh(1), ())
+    cache = ProgramCache(tmp_path / "file" / "programs", make_mesh(1))
     assert not cache.has("f")
     assert cache.compile("f", jax.jit(lambda x: x + 1).lower(1))(1) == 2
     cache.prune()
 
 
-def names(cfg: ModelConfig, mesh: int = 1, **options: Any) -> set[Path]:
-    """The entries that engines of this kind read."""
-    layout, devices = Layout(cfg, mesh), make_mesh(mesh)
+class Enough(Exception):
+    """Raised instead of compiling."""
+
+
+def entries(cfg: ModelConfig, mesh: int = 1, **options: Any) -> dict[str, set[Path]]:
+    """What an engine of this kind reads, by the first word of the programs' names."""
+    layout, devices, rows = Layout(cfg, mesh), make_mesh(mesh), options.pop("rows", 2)
     dtype = np.dtype(options.pop("dtype", "float32"))
+    pages = options.pop("pages", 3)
     given: dict[str, Any] = {"copy_pages": True, "split": True, "kinds": (Kind.ANY,)} | options
     programs = Programs(
         abstract_decoder(layout, dtype, copy_head=True),
@@ -74,36 +82,64 @@ def names(cfg: ModelConfig, mesh: int = 1, **options: Any) -> set[Path]:
         folder=Path("/programs"),
         **given,
     )
-    pools = given.pop("pools", [])
-    cache = programs._cache(pools, [], [])  # type: ignore[arg-type]
-    return {cache._path(name) for name in ("step 1", "step 2")}
+    found: dict[str, set[Path]] = {}
+
+    def record(jobs: Any, _: Any) -> None:
+        cache = ProgramCache(Path("/programs"), devices)
+        for job in jobs:
+            found.setdefault(job.name.split()[0], set()).add(cache._path(job.name))
+        raise Enough
+
+    programs._run_all = record  # type: ignore[method-assign]
+    config = EngineConfig(max_model_len=64, max_num_seqs=rows, max_num_batched_tokens=32)
+    place = sharding(devices)
+    page = jnp.zeros((4, 2, 16, 8), device=place)
+    kv, slots = [(page, page)] * cfg.layers, empty_slots(rows, cfg.vocab_rows)
+    pools, slots = RankPages(cfg, layout, devices, pages, dtype).pools, jax.device_put(slots, place)
+    with pytest.raises(Enough):
+        programs.compile_all(buckets(config), pools, kv, slots)
+    return found
 
 
-def test_engines_that_differ_in_anything_share_no_entry(tiny_model, monkeypatch):
+def test_engines_that_differ_in_anything_share_no_step(tiny_model, monkeypatch):
     cfg = ModelConfig.from_folder(tiny_model("llama"))
     rope = dataclasses.replace(cfg.rope, theta=cfg.rope.theta * 2)
     kinds = [
-        names(cfg),
-        names(cfg, mesh=2),
-        names(cfg, dtype="float16"),
-        names(cfg, max_logprobs=6),
-        names(cfg, split=False),
-        names(cfg, copy_pages=False),
-        names(cfg, kinds=(Kind.GREEDY, Kind.ANY)),
-        names(dataclasses.replace(cfg, norm_eps=cfg.norm_eps * 2)),
-        names(dataclasses.replace(cfg, rope=rope)),
-        names(dataclasses.replace(cfg, windows=(8,) * cfg.layers)),
-        names(dataclasses.replace(cfg, activation="gelu_tanh")),
+        entries(cfg),
+        entries(cfg, mesh=2),
+        entries(cfg, dtype="float16"),
+        entries(cfg, split=False),
+        entries(cfg, copy_pages=False),
+        entries(cfg, rows=3),
+        entries(cfg, pages=4),
+        entries(dataclasses.replace(cfg, norm_eps=cfg.norm_eps * 2)),
+        entries(dataclasses.replace(cfg, rope=rope)),
+        entries(dataclasses.replace(cfg, windows=(8,) * cfg.layers)),
+        entries(dataclasses.replace(cfg, activation="gelu_tanh")),
     ]
     with monkeypatch.context() as patch:
         patch.setenv("XLA_FLAGS", f"{os.environ['XLA_FLAGS']} --xla_cpu_enable_fast_math=true")
-        kinds.append(names(cfg))
+        kinds.append(entries(cfg))
     for name in ("_sources", "_versions", "_machine"):
         with monkeypatch.context() as patch:
             patch.setattr(program_cache, name, lambda: "another")
-            kinds.append(names(cfg))
-    assert len(set.union(*kinds)) == 2 * len(kinds)
-    assert names(dataclasses.replace(cfg, name="moved")) == names(cfg) == kinds[0]
+            kinds.append(entries(cfg))
+    steps = [found["step"] for found in kinds]
+    assert len(set.union(*steps)) == sum(map(len, steps))
+    assert entries(dataclasses.replace(cfg, name="moved")) == entries(cfg) == kinds[0]
+
+
+def test_sampling_is_shared_by_models_of_one_vocabulary_and_by_nothing_else(tiny_model):
+    cfg = ModelConfig.from_folder(tiny_model("llama"))
+    own = entries(cfg)["sample"]
+    assert entries(dataclasses.replace(cfg, norm_eps=1.0))["sample"] == own
+    others = [
+        entries(cfg, max_logprobs=6)["sample"],
+        entries(cfg, rows=3)["sample"],
+        entries(cfg, kinds=(Kind.GREEDY,))["sample"],
+        entries(dataclasses.replace(cfg, vocab=cfg.vocab + 64))["sample"],
+    ]
+    assert all(own.isdisjoint(other) for other in others)
 
 
 def test_every_source_file_is_part_of_the_key():
@@ -118,5 +154,5 @@ def test_entries_that_nobody_uses_any_more_are_deleted(tmp_path):
         (tmp_path / name).write_text("entry")
         then = time.time() - days * 86400
         os.utime(tmp_path / name, (then, then))
-    ProgramCache(tmp_path, make_mesh(1), ()).prune()
+    ProgramCache(tmp_path, make_mesh(1)).prune()
     assert [path.name for path in tmp_path.iterdir()] == ["used"]
