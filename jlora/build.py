@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora.adapter_text import AdapterTexts
-from jlora.adapters.adapter import LEVELS, Adapter, Support
+from jlora.adapters.adapter import Adapter
 from jlora.adapters.entry import AdapterEntry
 from jlora.adapters.groups import page_bytes
-from jlora.adapters.peft import read_adapter, required_support
+from jlora.adapters.peft import read_adapter
 from jlora.adapters.pool import RankPages, StagedAdapter
 from jlora.adapters.store import AdapterStore
 from jlora.demo import DEMO_ADAPTERS
@@ -33,6 +33,7 @@ from jlora.models.base import BaseWeights
 from jlora.models.config import ModelConfig
 from jlora.models.decoder import Decoder
 from jlora.models.weights import abstract_decoder, dummy_weights, load_weights
+from jlora.needs import Needs, needs
 from jlora.options import LoraModule, ModelOptions, parse_bytes, parse_pages
 from jlora.parts import MemoryPlan, Parts, Progress
 from jlora.shape import Shape
@@ -63,11 +64,16 @@ class _Platform:
     have, for there a step costs the bytes of its pages."""
     decode_buckets: tuple[int, ...]
     """The Hopper kernel pads to 8 rows anyway; on a CPU one row costs half of eight."""
+    prefill_buckets: tuple[tuple[int, int], ...]
+    """Steps with prompts by (decode rows, prompt tokens), beside the largest. Everybody waits for a
+    step to end, and it computes its padding: a short prompt should not come in a large one."""
 
 
 _PLATFORMS = {
-    "cpu": _Platform(32, 256, 16, 8, (1, 8, 32)),
-    "gpu": _Platform(256, 2048, 64, 16, (8, 16, 32, 64, 128, 256)),
+    "cpu": _Platform(32, 256, 16, 8, (1, 8, 32), ((8, 64),)),
+    "gpu": _Platform(
+        256, 2048, 64, 16, (8, 16, 32, 64, 128, 256), ((8, 64), (32, 128), (256, 512))
+    ),
 }
 
 
@@ -88,8 +94,9 @@ def build_engine(options: ModelOptions, *, progress: Progress | None = None) -> 
             cfg.default_context,
         )
     base_cfg = cfg
-    support, extra = _support(options, cfg)
-    cfg = replace(cfg, extra_vocab=extra)
+    adapters = _start_adapters(options)
+    held = needs(options, cfg, adapters)
+    cfg = replace(cfg, extra_vocab=held.added_tokens)
     tokenizer = Tokenizer.from_folder(folder)
     texts = AdapterTexts(tokenizer)
     names = options.served_model_name or (folder.name,)
@@ -102,8 +109,10 @@ def build_engine(options: ModelOptions, *, progress: Progress | None = None) -> 
     model = load() if platform == "gpu" else None
 
     config = _engine_config(options, cfg, _PLATFORMS[platform])
-    lora_pages = _lora_pages(options, layout, dtype, config.rank_page, support)
-    rank_pages = RankPages(cfg, layout, mesh, lora_pages, dtype, config.rank_page, support)
+    lora_pages = _lora_pages(options, layout, dtype, config.rank_page, held)
+    rank_pages = RankPages(
+        cfg, layout, mesh, lora_pages, dtype, config.rank_page, held.support, held.targets
+    )
     kv_page = _kv_page_bytes(layout, config, dtype)
     num_pages = _kv_pages(options, config, kv_page, platform, options.mesh)
     config.check_num_pages(num_pages)
@@ -125,6 +134,7 @@ def build_engine(options: ModelOptions, *, progress: Progress | None = None) -> 
     store = AdapterStore(
         read=lambda path: read_adapter(path, base_cfg, base),
         stage=stage,
+        upload=rank_pages.upload,
         num_pages=lora_pages,
         max_adapter_pages=config.max_rank_pages,
         max_cpu_loras=options.max_cpu_loras,
@@ -143,7 +153,8 @@ def build_engine(options: ModelOptions, *, progress: Progress | None = None) -> 
     )
     store.on_change = engine.wake
     with runner.compiling(shapes, lambda done, total: tell("compiling steps", done, total)):
-        entries = _load_adapters(options, store)  # first: a bad path is told at once
+        # First: a bad path is told at once.
+        entries = store.load_all([(one.name, one.path, one.pinned) for one in adapters])
         runner.programs.load(model if model is not None else load())
     runner.warm_up()
     _place(entries, store, rank_pages)
@@ -229,12 +240,15 @@ def _engine_config(options: ModelOptions, cfg: ModelConfig, platform: _Platform)
         )
     block = platform.prefill_block
     tokens = options.max_num_batched_tokens or platform.max_num_batched_tokens
+    tokens = -(-tokens // block) * block
     rows = options.max_num_seqs or platform.max_num_seqs
+    prefill = {(min(d, rows), min(max(t, block), tokens)) for d, t in platform.prefill_buckets}
     return EngineConfig(
         max_model_len=options.max_model_len or cfg.default_context,
         max_num_seqs=rows,
         decode_buckets=(*(n for n in platform.decode_buckets if n < rows), rows),
-        max_num_batched_tokens=-(-tokens // block) * block,
+        prefill_buckets=(*prefill, (rows, tokens)),
+        max_num_batched_tokens=tokens,
         max_loras=options.max_loras,
         prefill_block=block,
         rank_page=platform.rank_page,
@@ -245,7 +259,7 @@ def _engine_config(options: ModelOptions, cfg: ModelConfig, platform: _Platform)
 
 
 def _lora_pages(
-    options: ModelOptions, layout: Layout, dtype: np.dtype, rows: int, support: Support
+    options: ModelOptions, layout: Layout, dtype: np.dtype, rows: int, held: Needs
 ) -> int:
     """Rank pages that the adapter budget buys on each device."""
     pages = parse_pages(options.lora_memory, "lora_memory")
@@ -253,13 +267,13 @@ def _lora_pages(
         return pages
     budget = parse_bytes(options.lora_memory, "lora_memory")
     if budget is None:
-        rank = EXPERTS_RANK if "experts" in support else LORA_RANK
+        rank = EXPERTS_RANK if "experts" in held.support else LORA_RANK
         return options.max_loras * -(-rank // rows)
-    each = page_bytes(layout, dtype, rows, support)
+    each = page_bytes(layout, dtype, rows, held.support, held.targets)
     if budget < each:
         raise ParameterError(
             f"--lora-memory {options.lora_memory} is less than one rank page of {each} bytes "
-            f"({rows} ranks of all projections)",
+            f"({rows} ranks of all projections that adapters may change)",
             "lora_memory",
         )
     return budget // each
@@ -304,26 +318,11 @@ def _place(entries: Sequence[AdapterEntry], store: AdapterStore, rank_pages: Ran
             placed.append(entry)
 
 
-def _support(options: ModelOptions, cfg: ModelConfig) -> tuple[Support, int]:
-    """What the rank pages must hold, and the tokens that adapters may add: what was asked for, or the
-    least that the start's adapters need."""
-    asked, extra = options.lora_support, options.lora_extra_vocab_size
-    support, added = LEVELS["plain" if asked == "auto" else asked], 0
-    if asked == "auto" or extra is None:
-        for module in options.adapters:
-            needed, tokens = required_support(module.path, cfg)
-            support |= needed if asked == "auto" else frozenset()
-            added = max(added, tokens)
-    extra = added if extra is None else extra
-    ends: Support = frozenset({"vocabulary"} if extra else ())
-    return support | ends, extra
-
-
-def _load_adapters(options: ModelOptions, store: AdapterStore) -> list[AdapterEntry]:
+def _start_adapters(options: ModelOptions) -> list[LoraModule]:
     """The adapters of the command line; the embedded model brings its demo adapters."""
     modules = list(options.adapters)
     if options.model is None:
         named = {module.name for module in modules}
         demo = (LoraModule(name=name, path=str(path)) for name, path in DEMO_ADAPTERS.items())
         modules = [module for module in demo if module.name not in named] + modules
-    return store.load_all([(module.name, module.path, module.pinned) for module in modules])
+    return modules

@@ -147,7 +147,7 @@ def _changes(
     staged: StagedAdapter, layout: Layout, pages: RankPages
 ) -> Iterator[tuple[Path, _Change]]:
     """The changed parameters of a Decoder, from the pages as they would lie on the device."""
-    for group, parts in groups_of(layout.cfg, pages.support).items():
+    for group, parts in groups_of(layout.cfg, pages.support, pages.targets).items():
         layers = range(layout.cfg.layers) if in_layers(group) else [0]
         for index in layers:
             if group == ADDED:

@@ -128,6 +128,9 @@ class ModelOptions:
     lora_support: Literal["auto", "plain", "vectors", "norms", "full", "experts"] = "auto"
     """What adapters may change: plain: the projections of layers; vectors: also by DoRA and biases; norms: also trained norms; full: embed_tokens and lm_head too; experts: routers and experts too (pages then hold every expert's ranks). Every step with adapters pays for it. auto: exactly what lora_modules need."""
 
+    lora_target_modules: tuple[str, ...] = ()
+    """Projections that adapters may change, as q_proj v_proj, or all. Those that share an input come together: q, k and v; gate and up. Fewer make smaller rank pages and faster steps. Default: all; for a server without --lora-dir what lora_modules change."""
+
     lora_extra_vocab_size: int | None = None
     """Tokens that adapters may add to the vocabulary. Default: as many as lora_modules need."""
 
@@ -191,6 +194,11 @@ class ModelOptions:
                 raise ParameterError(f"lora_modules names {name!r} more than once", "lora_modules")
 
     @property
+    def open_to_adapters(self) -> bool:
+        """Whether adapters may come that are not in `lora_modules`."""
+        return True
+
+    @property
     def adapters(self) -> tuple[LoraModule, ...]:
         """`lora_modules`, parsed."""
         return tuple(parse_lora_module(text) for text in self.lora_modules)
@@ -239,3 +247,7 @@ class ServeOptions(ModelOptions):
         for root in self.lora_dir:
             if not Path(root).is_dir():
                 raise ParameterError(f"lora_dir: there is no folder {root!r}", "lora_dir")
+
+    @property
+    def open_to_adapters(self) -> bool:
+        return bool(self.lora_dir)

@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Float
 
-from jlora.models.config import ModelConfig
+from jlora.models.config import GROUPS, PROJECTIONS, ModelConfig, group_of
 
 NO_LAYER = -1
 """The layer of what is in none: embed_tokens, lm_head and the last norm."""
@@ -38,6 +38,18 @@ LEVELS: dict[Level, Support] = {
     "experts": frozenset({"vectors", "norms", "vocabulary", "experts"}),
 }
 """What a user asks for, each with what comes before it."""
+
+
+Targets = frozenset[str]
+"""The groups of dense projections, keys of GROUPS, that adapters may change."""
+
+EVERY: Targets = frozenset(GROUPS)
+
+
+def targets_of(modules: Iterable[str], cfg: ModelConfig) -> Targets:
+    """The groups that adapters of these modules change; others than dense projections are in none."""
+    projections = (part for module in modules for part in cfg.fused_rows(module) or (module,))
+    return frozenset(group_of(name) for name in projections if name in PROJECTIONS)
 
 
 def level_of(support: Support) -> Level:

@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -20,9 +21,11 @@ from jlora.adapters.adapter import (
     LoraWeights,
     OutputVectors,
     Support,
+    Targets,
     content_hash,
     is_norm,
     support_of,
+    targets_of,
 )
 from jlora.adapters.against_base import Base
 from jlora.adapters.checks import check_modules, tokens_of, vocabulary
@@ -110,9 +113,18 @@ def read_adapter(
     )
 
 
-def required_support(path: str | Path, cfg: ModelConfig) -> tuple[Support, int]:
-    """What an engine must support for this adapter, and the tokens that it adds, from names and
-    shapes alone. Raises as read_adapter."""
+@dataclass(frozen=True, kw_only=True)
+class Required:
+    """What an engine must be built for to serve an adapter."""
+
+    support: Support
+    targets: Targets
+    added_tokens: int
+
+
+def required_support(path: str | Path, cfg: ModelConfig) -> Required:
+    """What an engine must support for this adapter, from names and shapes alone. Raises as
+    read_adapter."""
     folder = Path(path)
     _check_folder(folder)
     config = read_config(folder)
@@ -120,7 +132,11 @@ def required_support(path: str | Path, cfg: ModelConfig) -> tuple[Support, int]:
         modules = sort_tensors(header, cfg, folder)
     pairs_only: set[str] = {"A", "B", "weight", "twin", "copy", "original", "tokens"}
     more = [name for (_, name), found in modules.items() if found.tensors.keys() - pairs_only]
-    return support_of(modules, more), vocabulary(modules, config, cfg) - cfg.vocab
+    return Required(
+        support=support_of(modules, more),
+        targets=targets_of((name for _, name in modules), cfg),
+        added_tokens=vocabulary(modules, config, cfg) - cfg.vocab,
+    )
 
 
 class _Reader:

@@ -1,11 +1,13 @@
 """Rank pages on the device: `RankPages` holds the pools, stages adapters for them and writes pages.
 
-`stage` is numpy only and runs on any thread; `write` belongs to the thread that owns jax. Page 0
-is the padding page, all zeros, and is never written. Nothing compiles after `warm_up`.
+`stage` is numpy only; it and `upload`, which waits for a transfer, run on any thread; `write` belongs
+to the thread that owns jax. Page 0 is the padding page, all zeros, and is never written. Nothing
+compiles after `warm_up`.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -15,13 +17,16 @@ from jax import lax
 from jax.sharding import Mesh
 
 from jlora.adapters.adapter import (
+    EVERY,
     LEVELS,
     NO_LAYER,
     Adapter,
     OutputVectors,
     Support,
+    Targets,
     by_projection,
     level_of,
+    targets_of,
     widened,
 )
 from jlora.adapters.groups import groups_by_level, groups_of, in_layers, page_bytes
@@ -48,6 +53,8 @@ class StagedAdapter:
     chat_template: str | None
     added_tokens: int
     host_pages: tuple[HostPage, ...]
+    device_pages: tuple[Any, ...] | None = None
+    """The same as jax arrays, if they are on the device already (`RankPages.upload`)."""
     bound: int
     """Modules (layer and projection) that it changes."""
     scalings: tuple[float, ...]
@@ -91,14 +98,17 @@ class RankPages:
         dtype: np.typing.DTypeLike,
         page_rows: int = PAGE,
         support: Support = LEVELS["plain"],
+        targets: Targets = EVERY,
     ):
         """Allocates `num_pages` usable pages of `page_rows` ranks, ids 1 to `num_pages`, and the
-        padding page 0. Every LoRA step pays for what `support` adds, whoever uses it."""
+        padding page 0. Every LoRA step pays for what `support` adds and for every group of
+        `targets`, whoever uses it."""
         if num_pages < 1:
             raise ValueError(f"num_pages is {num_pages}, at least 1 rank page is needed")
         self.cfg, self.layout, self.num_pages = cfg, layout, num_pages
         self.page_rows = page_rows
         self.support: Support = support
+        self.targets: Targets = targets
         self.dtype = np.dtype(dtype)
         self.pools: list[dict[str, RankPool]]
         """By layer and group, then the groups of the vocabulary if they are supported: a
@@ -109,9 +119,9 @@ class RankPages:
                 (self._rows(group) * len(parts), layout.group_shape(group)[0]),
                 (self._rows(group), layout.group_shape(group)[1]),
             )
-            for group, parts in groups_of(cfg, support).items()
+            for group, parts in groups_of(cfg, support, targets).items()
         }
-        self._levels = groups_by_level(cfg, support)
+        self._levels = groups_by_level(cfg, support, targets)
         self._page_shardings = {group: self._shardings(mesh, group) for group in self._shapes}
         self._zeros: HostPage = {group: self._host_page(group) for group in self._shapes}
 
@@ -123,10 +133,24 @@ class RankPages:
             for groups in self._levels
         ]
         self.pools = jax.jit(allocate, out_shardings=pool_shardings)()
+        # A GPU writes all layers in one call. On a CPU one program for all layers compiles 30 times
+        # as long (18 s for 30 layers) and takes no less time to run than a call for each.
+        on_cpu = mesh.devices.flat[0].platform == "cpu"
+        step = 1 if on_cpu else len(self._levels)
+        self._stretches = [
+            range(start, start + step) for start in range(0, len(self._levels), step)
+        ]
         self._write = {
-            groups: jax.jit(_write_level, donate_argnums=0, out_shardings=shardings)
-            for groups, shardings in zip(self._levels, pool_shardings, strict=True)
+            self._groups_in(levels): jax.jit(
+                _write_levels,
+                donate_argnums=0,
+                out_shardings=pool_shardings[levels.start : levels.stop],
+            )
+            for levels in self._stretches
         }
+
+    def _groups_in(self, levels: range) -> tuple[tuple[str, ...], ...]:
+        return tuple(self._levels[level] for level in levels)
 
     def _rows(self, group: str) -> int:
         return 0 if group in VECTOR_GROUPS else self.page_rows * self.cfg.pairs_of(group)
@@ -172,7 +196,7 @@ class RankPages:
     @property
     def bytes_per_page(self) -> int:
         """Bytes of one page on one device, all layers and groups together."""
-        return page_bytes(self.layout, self.dtype, self.page_rows, self.support)
+        return page_bytes(self.layout, self.dtype, self.page_rows, self.support, self.targets)
 
     @property
     def nbytes(self) -> int:
@@ -180,8 +204,8 @@ class RankPages:
         return self.bytes_per_page * (self.num_pages + 1)
 
     def stage(self, adapter: Adapter) -> StagedAdapter:
-        """Lays an adapter out in pages. Thread-safe. AdapterError if it needs more than `support`,
-        or if a value overflows the dtype."""
+        """Lays an adapter out in pages. Thread-safe. AdapterError if it needs more than `support` or
+        `targets`, or if a value overflows the dtype."""
         if adapter.added_tokens > self.cfg.extra_vocab:
             raise AdapterError(
                 f"{adapter.path} adds {adapter.added_tokens} tokens, this engine has room for "
@@ -195,12 +219,19 @@ class RankPages:
                 f"with --lora-support {level_of(adapter.support | self.support)}, or with such an "
                 "adapter in --lora-modules"
             )
+        if others := targets_of(adapter.modules, self.cfg) - self.targets:
+            names = [name for name in adapter.modules if targets_of([name], self.cfg) & others]
+            raise AdapterError(
+                f"{adapter.path} changes {', '.join(names)}, for which this engine was not started: add "
+                "them to --lora-target-modules (or take all), or start it with such an adapter in "
+                "--lora-modules"
+            )
         whole = adapter
         adapter = widened(by_projection(adapter, self.cfg), self.cfg.vocab_rows)
         changed = {self.cfg.part_of(module)[1] for module in adapter.modules}
         touched = {
             group
-            for group, parts in groups_of(self.cfg, self.support).items()
+            for group, parts in groups_of(self.cfg, self.support, self.targets).items()
             if not changed.isdisjoint(parts)
         }
         pages = tuple(
@@ -291,6 +322,12 @@ class RankPages:
     def _cast(self, values: np.ndarray, adapter: Adapter, projection: str) -> np.ndarray:
         return narrowed(values, self.dtype, f"{adapter.path}, {projection}", AdapterError)
 
+    def upload(self, staged: StagedAdapter) -> StagedAdapter:
+        """The same with its pages copied to the device, beside the pools: a `write` then moves nothing
+        between host and device. Waits for the copy; thread-safe."""
+        pages = tuple(jax.device_put(page, self._page_shardings) for page in staged.host_pages)
+        return replace(staged, device_pages=jax.block_until_ready(pages))
+
     def write(self, staged: StagedAdapter | None, page_ids: Sequence[int]) -> None:
         """DONATES `self.pools`: puts page i of `staged` on the device's page `page_ids[i]`.
 
@@ -302,35 +339,39 @@ class RankPages:
             raise ValueError(f"{staged.pages} pages to write, but page ids {list(page_ids)}")
         if not all(1 <= page <= self.num_pages for page in page_ids):
             raise ValueError(f"page ids {list(page_ids)} must lie in 1..{self.num_pages}")
-        for page, host_page in zip(page_ids, staged.host_pages, strict=True):
-            self._put(page, host_page)
+        pages = staged.device_pages or tuple(
+            jax.device_put(page, self._page_shardings) for page in staged.host_pages
+        )
+        for page, values in zip(page_ids, pages, strict=True):
+            self._put(page, values)
 
-    def _put(self, page: int, host_page: HostPage) -> None:
-        on_device = jax.device_put(host_page, self._page_shardings)
-        # A call per layer: one program for all layers compiles 30 times as long (18 s for a
-        # 30-layer model on CPU) and takes no less time to run.
-        for level, groups in enumerate(self._levels):
-            index = level if level < self.cfg.layers else 0
-            values = {group: on_device[group] for group in groups}
-            write = self._write[groups]
-            self.pools[level] = write(self.pools[level], values, np.int32(index), np.int32(page))
+    def _put(self, page: int, on_device: Any) -> None:
+        for levels in self._stretches:
+            groups = self._groups_in(levels)
+            values = {group: on_device[group] for level in groups for group in level}
+            layers = np.array([level % self.cfg.layers for level in levels], np.int32)
+            here = slice(levels.start, levels.stop)
+            self.pools[here] = self._write[groups](self.pools[here], values, layers, np.int32(page))
 
     def warm_up(self) -> None:
         """Compiles the writes, by writing zeros to the padding page."""
-        self._put(0, self._zeros)
+        self._put(0, jax.device_put(self._zeros, self._page_shardings))
         jax.block_until_ready(self.pools)
 
 
-def _write_level(
-    pools: dict[str, RankPool], page: HostPage, layer: jax.Array, index: jax.Array
-) -> dict[str, RankPool]:
-    """All groups of one layer of one page."""
+def _write_levels(
+    pools: list[dict[str, RankPool]], page: HostPage, layers: jax.Array, index: jax.Array
+) -> list[dict[str, RankPool]]:
+    """All groups of some layers of one page; `layers` are their places in `page`."""
 
-    def put(pool: jax.Array, values: jax.Array) -> jax.Array:
+    def put(layer: jax.Array, pool: jax.Array, values: jax.Array) -> jax.Array:
         rows = lax.dynamic_index_in_dim(values, layer, 0, keepdims=False)
         return lax.dynamic_update_index_in_dim(pool, rows, index, 0)
 
-    return jax.tree.map(put, pools, page)
+    return [
+        jax.tree.map(partial(put, layers[n]), level, {group: page[group] for group in level})
+        for n, level in enumerate(pools)
+    ]
 
 
 def _put_vectors(

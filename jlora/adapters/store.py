@@ -32,6 +32,9 @@ log = logging.getLogger(__name__)
 READERS = 8
 """Threads of `load_all`: reading is copying and hashing, which let go of the interpreter's lock."""
 
+UPLOADS = 4
+"""Adapters that may lie on the device beside the rank pages, on their way there."""
+
 MAX_MIXES = 64
 """Weighted mixes that are kept; one more pushes out the one that was asked for least recently."""
 
@@ -48,18 +51,21 @@ class AdapterStore(Generic[S]):
         max_adapter_pages: int | None = None,
         max_cpu_loras: int | None = None,
         host_bytes: int | None = None,
+        upload: Callable[[S], S] | None = None,
         workers: int = 2,
         reserved: Collection[str] = (),
         page_bytes: int = 0,
         on_change: Callable[[], None] | None = None,
     ):
         """`num_pages` rank pages of `page_bytes` bytes are there, ids 1 to `num_pages`; one
-        adapter may take `max_adapter_pages` of them. `reserved` are the base model's names.
+        adapter may take `max_adapter_pages` of them. `upload` copies a staged adapter to the device,
+        on a thread of its own, before `place` gives it pages. `reserved` are the base model's names.
         `on_change` is called, on any thread, when an adapter that was being read arrives or
         fails (the engine wakes up)."""
         self._reader = AdapterReader(read, stage)
         self.num_pages, self.page_bytes = num_pages, page_bytes
         self._tiers: Tiers[S] = Tiers(num_pages, max_cpu_loras, host_bytes, max_adapter_pages)
+        self._upload = upload
         self.reserved = frozenset(reserved)
         self.on_change = on_change
         self._lock = threading.RLock()
@@ -71,6 +77,7 @@ class AdapterStore(Generic[S]):
         self._unloads = 0
         self._hits = {"device": 0, "host": 0, "disk": 0}
         self._workers = ThreadPoolExecutor(workers, thread_name_prefix="adapter-read")
+        self._uploader = ThreadPoolExecutor(1, thread_name_prefix="adapter-upload")
 
     # ---- names: any thread -------------------------------------------------------------------
 
@@ -244,6 +251,8 @@ class AdapterStore(Generic[S]):
             assert entry.in_flight > 0, f"{entry.name} is released more often than acquired"
             entry.in_flight -= 1
             record.touch(next(self._ticks))
+            if entry.in_flight == 0:
+                record.uploaded = None  # nobody waits for it
             if entry.in_flight == 0 and record.drain is not None:
                 self._free_record(record)
             self._start_reads()
@@ -264,16 +273,21 @@ class AdapterStore(Generic[S]):
             self._start_reads()
 
     def host_ready(self, entry: AdapterEntry) -> bool:
-        """Whether `place` can work on it now; if not, and there is no `entry.error`, reading has
-        begun. The engine's thread only: takes over content that changed on disk."""
+        """Whether `place` can work on it now; if not, and there is no `entry.error`, it is on its way.
+        The engine's thread only: takes over content that changed on disk."""
         with self._lock:
             record = self._tiers.records.get(entry)
             if record is None:
                 return False
             self._take_over(record)
-            if record.staged is not None or record.pages:
+            if record.pages or record.uploaded is not None:
                 return True
-            self.prefetch(entry)
+            if record.staged is None:
+                self.prefetch(entry)
+                return False
+            if self._upload is None:
+                return True
+            self._start_upload(record, record.staged)
             return False
 
     def place(self, entry: AdapterEntry, keep: Collection[AdapterEntry]) -> Placement[S] | None:
@@ -294,6 +308,7 @@ class AdapterStore(Generic[S]):
             if staged is None or not self._tiers.make_device_room(staged.pages, {entry, *keep}):
                 return None
             record.pages = [self._tiers.free.pop() for _ in range(staged.pages)]
+            staged, record.uploaded = record.uploaded or staged, None
             record.note()
             self._start_reads()  # its host copy may go now
             return Placement(entry=entry, staged=staged, pages=tuple(record.pages))
@@ -332,7 +347,8 @@ class AdapterStore(Generic[S]):
 
     def close(self) -> None:
         """Stops the workers; reads that run are finished, others are dropped."""
-        self._workers.shutdown(wait=True, cancel_futures=True)
+        for workers in (self._workers, self._uploader):
+            workers.shutdown(wait=True, cancel_futures=True)
 
     def check(self) -> None:
         """Asserts the invariants; for tests."""
@@ -370,7 +386,7 @@ class AdapterStore(Generic[S]):
         host = 0 if record.staged is None and record.changed is None else record.entry.nbytes
         device = len(record.pages) * self.page_bytes
         self._tiers.free.extend(record.pages)
-        record.staged, record.changed, record.pages = None, None, []
+        record.staged, record.changed, record.uploaded, record.pages = None, None, None, []
         del self._tiers.records[record.entry]
         if record.wanted:
             record.wanted = False
@@ -392,13 +408,24 @@ class AdapterStore(Generic[S]):
                 record.reading = False
                 record.note()
 
+    def _start_upload(self, record: Record[S], staged: S) -> None:
+        """Hands a copy to the uploading thread, unless enough are on their way: the engine asks again."""
+        under_way = sum(r.uploading or r.uploaded is not None for r in self._tiers.records.values())
+        if record.uploading or record.entry.error is not None or under_way >= UPLOADS:
+            return
+        record.uploading = True
+        try:
+            self._uploader.submit(self._upload_in_background, record, staged)
+        except RuntimeError:  # closed
+            record.uploading = False
+
     def _take_over(self, record: Record[S]) -> None:
         """Content that changed on disk becomes the entry's: a new uid and a new generation."""
         staged, entry = record.changed, record.entry
         if staged is None:
             return
         self._forgotten.append(entry.uid)
-        record.staged, record.changed = staged, None
+        record.staged, record.changed, record.uploaded = staged, None, None
         entry.generation = next(self._generations)
         for name, value in content_of(staged).items():
             setattr(entry, name, value)
@@ -420,5 +447,20 @@ class AdapterStore(Generic[S]):
                 self._tiers.arrive(record, staged, error)
             record.note()
             self._start_reads()
+        if self.on_change is not None:
+            self.on_change()
+
+    def _upload_in_background(self, record: Record[S], staged: S) -> None:
+        assert self._upload is not None
+        entry, uploaded, error = record.entry, None, None
+        try:
+            uploaded = self._upload(staged)
+        except Exception as caught:
+            error = f"Loading lora {entry.name} failed: no copy on the device: {caught}"
+            log.warning("%s", error, exc_info=True)
+        with self._lock:
+            record.uploading = False
+            if record.staged is staged and entry.in_flight and not record.pages:
+                record.uploaded, entry.error = uploaded, error or entry.error
         if self.on_change is not None:
             self.on_change()

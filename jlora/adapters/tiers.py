@@ -20,6 +20,10 @@ class Record(Generic[S]):
     entry: AdapterEntry
     staged: S | None = None
     """The host copy."""
+    uploaded: S | None = None
+    """The same with copies on the device, waiting for rank pages."""
+    uploading: bool = False
+    """A worker copies it there."""
     changed: S | None = None
     """A host copy of other content than `entry` says; the engine's thread takes it over."""
     pages: list[int] = field(default_factory=list)

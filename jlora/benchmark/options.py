@@ -189,6 +189,10 @@ class BenchOptions(ModelOptions):
             raise ParameterError("room sets --lora-memory: leave that out, and --base-url", "room")
 
     @property
+    def open_to_adapters(self) -> bool:
+        return False
+
+    @property
     def mixes(self) -> list[list[int]]:
         """Each value of `ranks` as numbers."""
         return [[int(rank) for rank in split([mix])] for mix in self.ranks if split([mix])]

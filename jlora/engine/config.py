@@ -161,18 +161,18 @@ def buckets(config: EngineConfig) -> list[Shape]:
     """Every shape to compile: each bucket of rows and tokens, without and with LoRA.
 
     Few rows have few adapters, so a small step comes with few rank pages only: a step with few
-    rows and many pages (one adapter of a high rank) is padded to more rows. A large step comes
-    with 64 rank rows at least: padding pages cost it little, a program costs a start half a second.
+    rows and many pages (one adapter of a high rank) is padded to more rows. Where all sequences may
+    decode, all their pages fit. A large step comes with 64 rank rows at least: padding pages cost it
+    little, a program costs a start half a second.
     """
     sizes = [(rows, 0) for rows in config.decode_buckets] + list(config.prefill_buckets)
-    largest = {sizes[len(config.decode_buckets) - 1], sizes[-1]}
     shapes = []
     for decode, prefill in sizes:
         rows = decode + prefill // config.prefill_block
         most = max(64, 24 * rows) // config.rank_page
         least = min(64, (decode + prefill) * 3 // 4) // config.rank_page
         ranks = {r for r in config.rank_page_buckets if least <= r <= most}
-        if (decode, prefill) in largest or not ranks:
+        if decode == config.max_num_seqs or not ranks:
             ranks.add(config.max_rank_pages)
         shapes += [
             Shape(

@@ -59,7 +59,7 @@ class Linear(nnx.Module):
     ) -> Float[Array, "T out"]:
         """Projection plus what the rows' adapters change, in float32 or x's type. The only all-reduce
         is the base's: for an input-sharded group the adapter's partial sum joins it."""
-        own = pools[self.group] if pools is not None else None
+        own = pools.get(self.group) if pools is not None else None
         whole = self.summed_over == 1 and (own is None or own.scale is None)
         dtype = ops.product_dtype(x.dtype) if whole else jnp.float32
         y = self.weight.matmul(x, own, batch.segments, self.parts, dtype)

@@ -130,7 +130,8 @@ def test_rows_that_are_the_bases_own_cost_no_ranks(base, tmp_path: Path) -> None
     }
     folder = write(tmp_path, config(), tensors() | ends)
     adapter = read_adapter(folder, cfg, weights)
-    assert required_support(folder, cfg) == ({"vocabulary"}, 2)
+    needed = required_support(folder, cfg)
+    assert (needed.support, needed.added_tokens) == ({"vocabulary"}, 2)
     assert (adapter.added_tokens, adapter.support) == (2, {"vocabulary"})
     for name in ("embed_tokens", "lm_head"):
         pair = adapter.weights[-1, name]

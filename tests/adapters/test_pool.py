@@ -101,6 +101,19 @@ def test_written_pages_hold_every_projections_delta(
     check_delta(pages, ids, one)
 
 
+@pytest.mark.parametrize("tp", [1, 2])
+def test_pages_that_were_uploaded_before_are_written_as_staged_ones_are(
+    tmp_path: Path, tp: int
+) -> None:
+    pages = pages_for(ODD, tp)
+    one, two = adapter(tmp_path / "1", ODD, r=24), adapter(tmp_path / "2", ODD, r=16, seed=1)
+    first, second = pages.upload(pages.stage(one)), pages.upload(pages.stage(two))
+    pages.write(second, [2])
+    pages.write(first, [1, 4])
+    check_delta(pages, [1, 4], one)
+    check_delta(pages, [2], two)
+
+
 @pytest.mark.parametrize("tp", MESHES)
 @pytest.mark.parametrize(
     "targets", [["k_proj"], ["v_proj", "up_proj"], ["o_proj"], ["down_proj", "q_proj"]]

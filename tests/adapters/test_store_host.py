@@ -1,11 +1,13 @@
 """Rules of the adapter store for host memory and background reads. No jax."""
 
+import dataclasses
 import threading
 import time
 from typing import Any
 
 import pytest
 
+from jlora.adapters.store import UPLOADS
 from jlora.errors import AdapterError
 from tests.adapters.fakes import Disk, Fake, eventually, placed
 
@@ -151,3 +153,111 @@ def test_requests_count_by_the_tier_in_which_they_found_their_adapter(make: Any)
     assert store.counters().hits == {"device": 1, "host": 1, "disk": 1}
     for entry in (a, b, b):
         store.release(entry)
+
+
+# ---- uploads --------------------------------------------------------------------------------
+
+
+class Uploader:
+    """Counts copies on their way to the device, and can hold them up."""
+
+    def __init__(self) -> None:
+        self.go = threading.Event()
+        self.begun: list[str] = []
+        self.broken = False
+
+    def __call__(self, staged: Fake) -> Fake:
+        self.begun.append(staged.uid)
+        assert self.go.wait(10)
+        if self.broken:
+            raise RuntimeError("the device is full")
+        return dataclasses.replace(staged, bound=99)
+
+
+def test_an_adapter_is_ready_when_its_copy_is_on_the_device_and_placed_as_that_copy(
+    make: Any,
+) -> None:
+    changes, upload = threading.Event(), Uploader()
+    store = make(upload=upload, on_change=changes.set)
+    a = store.load("a", "/a")
+    store.acquire(a)
+    assert not store.host_ready(a)
+    assert not store.host_ready(a)  # asked again, copied once
+    upload.go.set()
+    assert changes.wait(10)
+    eventually(lambda: store.host_ready(a))
+    placement = store.place(a, [])
+    assert placement is not None
+    assert placement.staged.bound == 99
+    assert upload.begun == ["uid-a"]
+    assert store.host_ready(a)  # it has its pages
+    store.release(a)
+
+
+def test_a_few_copies_at_a_time_are_on_their_way_and_the_others_follow(make: Any) -> None:
+    upload = Uploader()
+    store = make(upload=upload, num_pages=6)
+    entries = [store.load(name, f"/{name}") for name in "abcdef"]
+    for entry in entries:
+        store.acquire(entry)
+        assert not store.host_ready(entry)
+    upload.go.set()
+    for entry in entries[:UPLOADS]:
+        eventually(lambda entry=entry: store.host_ready(entry))
+    assert not any(store.host_ready(entry) for entry in entries[UPLOADS:])
+    for entry in entries:
+        assert placed(store, entry)
+        store.release(entry)
+    assert upload.begun == [f"uid-{name}" for name in "abcdef"]
+
+
+def test_a_copy_that_nobody_waits_for_any_more_is_dropped(make: Any) -> None:
+    upload = Uploader()
+    upload.go.set()
+    store = make(upload=upload)
+    a = store.load("a", "/a")
+    for _ in range(2):
+        store.acquire(a)
+        eventually(lambda: store.host_ready(a))
+        store.release(a)
+    assert upload.begun == ["uid-a", "uid-a"]
+
+
+def test_a_copy_that_fails_is_its_own_requests_error(make: Any) -> None:
+    upload = Uploader()
+    upload.broken = True
+    upload.go.set()
+    store = make(upload=upload)
+    a, b = store.load("a", "/a"), store.load("b", "/b")
+    store.acquire(a)
+    store.host_ready(a)
+    eventually(lambda: a.error is not None)
+    assert "Loading lora a failed: no copy on the device: the device is full" in a.error
+    assert not store.host_ready(a)
+    store.release(a)
+    upload.broken = False
+    store.acquire(b)
+    eventually(lambda: store.host_ready(b))
+    store.release(b)
+    store.acquire(a)  # a new request tries again
+    eventually(lambda: store.host_ready(a))
+    store.release(a)
+
+
+def test_an_unload_while_the_copy_is_made_leaves_nothing_behind(make: Any) -> None:
+    upload = Uploader()
+    store = make(upload=upload)
+    a = store.load("a", "/a")
+    store.acquire(a)
+    assert not store.host_ready(a)
+    drain = store.unload("a")
+    store.release(a)
+    assert drain.done
+    upload.go.set()
+    again = store.load("a", "/b")
+    store.acquire(again)
+    eventually(lambda: store.host_ready(again))
+    placement = store.place(again, [])
+    assert placement is not None
+    assert placement.staged.uid == "uid-b"
+    store.release(again)
