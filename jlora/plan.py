@@ -18,7 +18,7 @@ from jlora.benchmark.shapes import SHAPES, model_config, shape_config
 from jlora.cli import fail, parse
 from jlora.console import size
 from jlora.errors import JloraError, ParameterError
-from jlora.models.config import ModelConfig
+from jlora.models.config import PROJECTIONS, ModelConfig
 from jlora.planning import (
     DEVICES,
     MEASURED,
@@ -46,6 +46,9 @@ class PlanOptions:
 
     rank: int = 16
     """Their rank."""
+
+    lora_target_modules: tuple[str, ...] = PROJECTIONS
+    """Projections that they change: rank pages hold those, and others that share an input with one."""
 
     device: str = "h100"
     """Of h100, h200, a100, a100-40, l40s, a10g, cpu."""
@@ -89,6 +92,12 @@ class PlanOptions:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ParameterError(f"{name} must be positive, got {value}", name)
+        for name in self.lora_target_modules:
+            if name not in PROJECTIONS:
+                raise ParameterError(
+                    f"lora_target_modules: {name!r} is not one of {', '.join(PROJECTIONS)}",
+                    "lora_target_modules",
+                )
         if not 0 < self.utilization <= 1:
             raise ParameterError(
                 f"utilization must lie in (0, 1], got {self.utilization}", "utilization"
@@ -140,10 +149,12 @@ def compute(options: PlanOptions, cfg: ModelConfig, device: Device) -> dict[str,
         rank=options.rank,
         dtype=dtype,
         utilization=options.utilization,
+        projections=options.lora_target_modules,
     )
     most = min(options.adapters, options.rows)
     active = most if options.active is None else options.active
     step: dict[str, Any] = {"rows": options.rows, "context": options.context, "rank": options.rank}
+    step["projections"] = options.lora_target_modules
     without = floor(cfg, device, active=0, dtype=dtype, **step)
     least = floor(cfg, device, active=active, dtype=dtype, **step)
     shapes = {name: shape_config(name) for name in SHAPES}
@@ -256,15 +267,17 @@ def show_against(found: Comparison, out: Console) -> None:
     if found.memory:
         parts = ("weights", "adapter_pages", "kv_pages")
         heads = (f"{part.replace('_', ' ')} (error)" for part in parts)
-        table = right_aligned("memory", "adapters", *heads, "planned", "process", "beyond the plan")
+        table = right_aligned(
+            "memory", "adapters", *heads, "planned", "measured", "beyond the plan"
+        )
         for held in found.memory:
             planned = sum(held.engine.values())
             table.add_row(
                 label(held.source), str(held.adapters),
                 *(f"{size(held.engine[part])} ({held.computed[part] / held.engine[part] - 1:+.2%})" for part in parts),
                 size(planned),
-                "-" if held.rss is None else size(int(held.rss)),
-                "-" if held.rss is None else size(int(held.rss - planned)),
+                "-" if held.measured is None else size(int(held.measured)),
+                "-" if held.measured is None else size(int(held.measured - planned)),
             )  # fmt: skip
         out.print(table)
     if not found.memory:

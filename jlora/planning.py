@@ -103,6 +103,12 @@ def adapter_parameters(
     return rank * sum(sum(cfg.shape(part)) for part in held if part in projections)
 
 
+def in_one_page(projections: Sequence[str]) -> tuple[str, ...]:
+    """What rank pages for these projections hold: those too that share an input with one of them."""
+    groups = [parts for parts in GROUPS.values() if any(part in projections for part in parts)]
+    return tuple(part for parts in groups for part in parts)
+
+
 def kv_bytes_per_token(cfg: ModelConfig, itemsize: int) -> int:
     """Keys and values of one token in all layers."""
     return 2 * cfg.layers * cfg.kv_heads * cfg.head_dim * itemsize
@@ -136,12 +142,14 @@ def memory(
     rank: int,
     dtype: str,
     utilization: float = 0.9,
+    projections: Sequence[str] = PROJECTIONS,
 ) -> Memory:
-    """How a device's memory is shared out. A CPU keeps a tied head as a second, transposed copy."""
+    """How a device's memory is shared out; adapters may change these projections. A CPU keeps a tied
+    head as a second, transposed copy."""
     size, count = ITEMSIZE[dtype], parameters(cfg)
     copy = count.embedding if device.cpu and cfg.tied else 0
     weights = (count.total + copy) * size
-    page = adapter_parameters(cfg, device.page) * size
+    page = adapter_parameters(cfg, device.page, in_one_page(projections)) * size
     adapter = -(-rank // device.page) * page
     pages = adapters * adapter + page if adapters else 0
     return Memory(

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from jlora import plan
+from jlora.adapters.adapter import EVERY
 from jlora.adapters.groups import page_bytes
 from jlora.benchmark.load import Run
 from jlora.benchmark.results import Results
@@ -192,7 +193,32 @@ def test_a_process_is_compared_byte_by_byte(tmp_path: Path, capsys: pytest.Captu
     # four pages and the padding page; ten pages of 16 tokens and the one that is never read
     assert held["computed"]["adapter_pages"] == 5 * page_bytes(Layout(cfg, 1), np.dtype("f4"), 8)
     assert held["computed"]["kv_pages"] == 11 * 16 * 2 * 30 * 3 * 64 * 4
-    assert held["rss"] == 5e8
+    assert held["measured"] == 5e8
+
+
+@pytest.mark.parametrize(
+    ("asked", "own", "groups"),
+    [
+        (["q_proj", "v_proj"], None, {"qkv"}),
+        ([], ["o_proj", "up_proj"], {"o", "gate_up"}),
+        (["all"], ["q_proj"], EVERY),
+    ],
+)
+def test_pages_for_some_projections_are_computed_as_the_engine_lays_them_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], asked: Any, own: Any, groups: Any
+):
+    changes = {"lora_target_modules": asked, "lora_modules": []}
+    path = write_results(
+        tmp_path / "r.jsonl", "cpu", **changes | ({"adapter_modules": own} if own else {})
+    )
+    (held,) = against([*CPU, "--against", path], capsys)["memory"]
+    layout = Layout(shape_config("smollm2-135m"), 1)
+    page = page_bytes(layout, np.dtype("f4"), 8, targets=frozenset(groups))
+    assert held["computed"]["adapter_pages"] == 5 * page
+    if asked and asked != ["all"]:
+        assert plan.main([*CPU, "--adapters", "4", "--rank", "8", "--json",
+                          "--lora-target-modules", *asked]) == 0  # fmt: skip
+        assert json.loads(capsys.readouterr().out)["adapters"] == 5 * page
 
 
 @pytest.mark.parametrize(
@@ -229,7 +255,7 @@ def test_the_same_shape_on_the_same_card_matches_whatever_the_driver_calls_it(
     argv = ["--model", "llama-3.1-8b", "--device", "h100", "--against", *files]
     found = against(argv, capsys)
     assert len(found["steps"]) == 3
-    assert found["memory"][0]["rss"] is None
+    assert found["memory"][0]["measured"] is None
     assert found["memory"][0]["computed"]["weights"] == 2 * PUBLISHED["llama-3.1-8b"]
     assert plan.main(argv) == 0
     out = capsys.readouterr().out

@@ -19,10 +19,14 @@ def plot(figure: Any, groups: list[Group]) -> None:
         heights = [group.session["plan"][name] / 1e9 for group in groups]
         axes.bar(labels, heights, bottom=below, width=0.5, label=f"plan: {name.replace('_', ' ')}")
         below = [a + b for a, b in zip(below, heights, strict=True)]
-    host = [group.rows[-1]["adapters_host_bytes"] / 1e9 for group in groups]
-    axes.bar(labels, host, bottom=below, width=0.5, label="host copies of adapters")
-    measured = [group.rows[-1]["rss"] / 1e9 for group in groups]
-    axes.plot(labels, measured, "k_", markersize=40, label="process (RSS)")
+    rows = [group.rows[-1] for group in groups]
+    if "device_bytes" in rows[0]:  # of an accelerator, which holds no host copies
+        measured, what = [row["device_bytes"] / 1e9 for row in rows], "arrays on the device"
+    else:
+        host = [row["adapters_host_bytes"] / 1e9 for row in rows]
+        axes.bar(labels, host, bottom=below, width=0.5, label="host copies of adapters")
+        measured, what = [row["rss"] / 1e9 for row in rows], "process (RSS)"
+    axes.plot(labels, measured, "k_", markersize=40, label=what)
     axes.set_ylabel("GB")
     axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
 

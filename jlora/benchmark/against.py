@@ -1,7 +1,7 @@
 """Measured runs beside what `jlora.plan` computes: bytes of a process, time of its decode steps."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -12,13 +12,14 @@ from jlora.benchmark.results import DISTURBED, Group, read_groups
 from jlora.benchmark.shapes import SHAPES, model_config, shape_config
 from jlora.benchmark.workload import Workload
 from jlora.errors import JloraError, ParameterError
-from jlora.models.config import ModelConfig
+from jlora.models.config import PROJECTIONS, ModelConfig
 from jlora.planning import (
     ITEMSIZE,
     MEASURED,
     Device,
     adapter_parameters,
     floor,
+    in_one_page,
     kv_bytes_per_token,
     memory,
     parameters,
@@ -69,8 +70,8 @@ class Bytes:
     """Of weights, adapter_pages and kv_pages."""
     engine: dict[str, int]
     """The same, as the engine counted them, and adapter_copies."""
-    rss: float | None
-    """Of the process, at most; None where the device has a memory of its own."""
+    measured: float | None
+    """Of the process, at most; where the device has a memory of its own, there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,6 +200,14 @@ def distinct(row: dict[str, Any], work: dict[str, Any], rows: int) -> float:
     return min(mean, *(most for most in (work["room"], work["max_loras"]) if most), rows)
 
 
+def _targets(work: Mapping[str, Any]) -> Sequence[str]:
+    """The projections that the rank pages of a run held: by default those of its random adapters."""
+    asked = work.get("lora_target_modules")
+    if asked is None or work["lora_modules"] or any(name.startswith("all") for name in asked):
+        return PROJECTIONS  # None: before pages could hold less
+    return asked or work["adapter_modules"]
+
+
 def _dtype(work: dict[str, Any], device: Device) -> str:
     return device.dtype if work["dtype"] == "auto" else work["dtype"]
 
@@ -206,9 +215,11 @@ def _dtype(work: dict[str, Any], device: Device) -> str:
 def _bytes(path: Path, group: Group, cfg: ModelConfig, device: Device) -> Bytes:
     work, engine = group.session["workload"], group.session["plan"]
     dtype = _dtype(work, device)
-    page = adapter_parameters(cfg, engine["adapter_page_rows"]) * ITEMSIZE[dtype]
+    held = in_one_page(_targets(work))
+    page = adapter_parameters(cfg, engine["adapter_page_rows"], held) * ITEMSIZE[dtype]
     tokens = engine["kv_tokens"] // (engine["kv_page_count"] - 1) * engine["kv_page_count"]
-    rss = max((row.get("rss") or 0 for row in group.rows), default=0)
+    measured = "rss" if device.cpu else "device_bytes"
+    most = max((row.get(measured) or 0 for row in group.rows), default=0)
     return Bytes(
         source=str(path),
         adapters=group.session.get("adapters") or 0,
@@ -221,5 +232,5 @@ def _bytes(path: Path, group: Group, cfg: ModelConfig, device: Device) -> Bytes:
             name: engine[name]
             for name in ("weights", "adapter_pages", "adapter_copies", "kv_pages")
         },
-        rss=rss if device.cpu and rss else None,
+        measured=most or None,
     )

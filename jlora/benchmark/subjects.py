@@ -103,6 +103,7 @@ class EngineSubject:
         store = self._llm.store.counters()
         return {
             **process_memory(),
+            **accelerator_memory(),
             "adapters_host_bytes": store.host_bytes,
             "rank_pages_used": store.device_pages,
         }
@@ -130,6 +131,19 @@ def process_memory() -> dict[str, float]:
     table = dict(line.split(":", 1) for line in lines)
     names = {"rss": "VmRSS", "rss_anonymous": "RssAnon", "rss_peak": "VmHWM"}
     return {name: int(table[key].split()[0]) * 1024 for name, key in names.items() if key in table}
+
+
+def accelerator_memory() -> dict[str, float]:
+    """Bytes that arrays hold on the fullest accelerator, now and at most; nothing on a CPU."""
+    import jax  # lazy: --mesh is set before jax is imported
+
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    names = {"device_bytes": "bytes_in_use", "device_bytes_peak": "peak_bytes_in_use"}
+    return {
+        name: max(own[key] for own in stats)
+        for name, key in names.items()
+        if all(key in own for own in stats)
+    }
 
 
 class ServerSubject:
