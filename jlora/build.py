@@ -30,7 +30,7 @@ from jlora.engine.runner import Runner
 from jlora.errors import ParameterError
 from jlora.in_place import InPlace
 from jlora.models.base import BaseWeights
-from jlora.models.config import ModelConfig
+from jlora.models.config import GROUPS, ModelConfig
 from jlora.models.decoder import Decoder
 from jlora.models.weights import abstract_decoder, dummy_weights, load_weights
 from jlora.needs import Needs, needs
@@ -178,6 +178,9 @@ def build_engine(options: ModelOptions, *, progress: Progress | None = None) -> 
             adapter_pages=rank_pages.nbytes,
             adapter_page_count=lora_pages,
             adapter_page_rows=config.rank_page,
+            adapter_projections=tuple(
+                part for group in GROUPS if group in held.targets for part in GROUPS[group]
+            ),
             adapter_copies=_copy_pages(runner, shapes) * rank_pages.bytes_per_page,
             kv_pages=runner.kv_bytes // options.mesh,
             kv_page_count=num_pages,

@@ -22,6 +22,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from jlora.models.config import PROJECTIONS
 from jlora.parts import MemoryPlan
 
 HOST_DEVICES = "--xla_force_host_platform_device_count"
@@ -108,9 +109,11 @@ def size(count: int) -> str:
 def memory_plan(plan: MemoryPlan) -> str:
     """The memory plan as one line."""
     copies = f" and {size(plan.adapter_copies)} of copies for steps" if plan.adapter_copies else ""
+    held = plan.adapter_projections
+    only = f" for {', '.join(held)}" if len(held) < len(PROJECTIONS) else ""
     return (
         f"Memory: weights {size(plan.weights)}, "
-        f"adapters {size(plan.adapter_pages)} ({plan.adapter_page_count} pages of {plan.adapter_page_rows} rank rows){copies}, "
+        f"adapters {size(plan.adapter_pages)} ({plan.adapter_page_count} pages of {plan.adapter_page_rows} rank rows{only}){copies}, "
         f"KV cache {size(plan.kv_pages)} ({plan.kv_page_count} pages, {plan.kv_tokens} tokens); "
         f"together {size(plan.total)}"
     )

@@ -64,6 +64,8 @@ class MemoryPlan:
     adapter_pages: int
     adapter_page_count: int
     adapter_page_rows: int
+    adapter_projections: tuple[str, ...]
+    """Dense projections that the pages hold, in the layers' order."""
     adapter_copies: int
     """Copies of the pages that recent steps used; on a CPU, where steps read no pools."""
     kv_pages: int

@@ -80,6 +80,6 @@ def test_pages_of_fewer_projections_are_smaller_and_refuse_adapters_of_others(
     assert pages.bytes_per_page == few < every / 2
     pages.write(pages.stage(read_adapter(folder(tmp_path / "1", "k_proj"), CFG)), [2])
     with pytest.raises(
-        AdapterError, match=r"changes o_proj, up_proj, for which .* --lora-target-modules"
+        AdapterError, match=r"changes o_proj, up_proj, for which .* in --lora-target-modules too"
     ):
         pages.stage(read_adapter(folder(tmp_path / "2", "q_proj", "o_proj", "up_proj"), CFG))

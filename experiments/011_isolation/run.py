@@ -190,15 +190,14 @@ async def measure(llm: LLM, folders: Mapping[str, Path], scale: Scale, add: Any)
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--scale", choices=sorted(SCALES), default="cpu")
-    parser.add_argument("--out", type=Path, help="results file, if not results/SCALE.jsonl")
+    parser.add_argument("--out", type=Path, help="results file, if not results_SCALE.jsonl")
     args = parser.parse_args()
     scale = SCALES[args.scale]
     prepare_devices(1)
     import jax  # after prepare_devices
 
     page = 16 if jax.default_backend() == "gpu" else 8  # ranks, as jlora.build has it
-    out = args.out or HERE / "results" / f"{args.scale}.jsonl"
-    out.parent.mkdir(parents=True, exist_ok=True)
+    out = args.out or HERE / f"results_{args.scale}.jsonl"
     with tempfile.TemporaryDirectory() as root, out.open("w") as file:
         model = write_shape(scale.shape, root) if scale.shape else demo_model_folder(None)
         cfg = ModelConfig.from_folder(model)

@@ -222,9 +222,8 @@ class RankPages:
         if others := targets_of(adapter.modules, self.cfg) - self.targets:
             names = [name for name in adapter.modules if targets_of([name], self.cfg) & others]
             raise AdapterError(
-                f"{adapter.path} changes {', '.join(names)}, for which this engine was not started: add "
-                "them to --lora-target-modules (or take all), or start it with such an adapter in "
-                "--lora-modules"
+                f"{adapter.path} changes {', '.join(names)}, for which this engine's rank pages have no "
+                "room: start it with these in --lora-target-modules too, or with all"
             )
         whole = adapter
         adapter = widened(by_projection(adapter, self.cfg), self.cfg.vocab_rows)

@@ -81,13 +81,20 @@ def lora_delta(
     part_sizes: tuple[int, ...],
 ) -> Float[Array, "T N"]:
     """The LoRA part of the output, in float32."""
+    out = _deltas(x, pool, segments, part_sizes)
+    return jnp.concatenate(out, axis=1) if len(out) > 1 else out[0]
+
+
+def _deltas(
+    x: jax.Array, pool: RankPool | ActivePages, segments: Segments, part_sizes: tuple[int, ...]
+) -> list[jax.Array]:
+    """The LoRA part of each part of the output, in float32."""
     if isinstance(pool, RankPool):
         pool = active_pages(pool, segments.pages, part_sizes=part_sizes)
     rows, parts = x.shape[0], len(part_sizes)
     u = _dot(x, pool.a.reshape(-1, x.shape[1]), (1, 1)).reshape(rows, parts, -1)
     u = jnp.where(_own(segments, u.shape[-1])[:, None], u, 0.0).astype(pool.a.dtype)
-    out = [_dot(u[:, j], b, (1, 0)) for j, b in enumerate(pool.b)]
-    return jnp.concatenate(out, axis=1) if parts > 1 else out[0]
+    return [_dot(u[:, j], b, (1, 0)) for j, b in enumerate(pool.b)]
 
 
 def lora_embedding(
@@ -144,7 +151,13 @@ def matmul(
     """`x @ w` plus the delta, in float32; on a GPU in bfloat16 in x's dtype (see `_accumulate`)."""
     if jax.default_backend() == "gpu" and x.dtype != jnp.float32 and isinstance(pool, RankPool):
         return _accumulate(x, w, pool, segments, part_sizes)
-    return base_matmul(x, w) + lora_delta(x, pool, segments, part_sizes=part_sizes)
+    y, deltas = base_matmul(x, w), _deltas(x, pool, segments, part_sizes)
+    if len(deltas) == 1:
+        return y + deltas[0]
+    # Part by part: who reads one part of the sum then reads no concatenation.
+    ends = [sum(part_sizes[: j + 1]) for j in range(len(part_sizes))]
+    parts = jnp.split(y, ends[:-1], axis=1)
+    return jnp.concatenate([own + delta for own, delta in zip(parts, deltas, strict=True)], axis=1)
 
 
 def _accumulate(

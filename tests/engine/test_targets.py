@@ -2,6 +2,7 @@
 
 import pytest
 
+from jlora.console import memory_plan
 from tests.engine.test_engine import NEW, PROMPTS, SMALL, Adapters, Job
 
 pytest.importorskip("torch")
@@ -32,6 +33,9 @@ def test_adapters_of_two_projections_give_pefts_tokens_in_an_engine_for_them(
         jobs = [Job(parts, prompt, name) for name, prompt in zip(names, PROMPTS, strict=False)]
         for job in jobs:
             assert job.done.wait(120)
+        assert parts.plan is not None
+        plan = memory_plan(parts.plan)
+        assert "rank rows for q_proj, k_proj, v_proj)" in plan
     finally:
         parts.engine.shutdown(0)
     for name, prompt, job in zip(names, PROMPTS, jobs, strict=False):
