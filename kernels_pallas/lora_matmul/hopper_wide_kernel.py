@@ -42,6 +42,8 @@ class Refs:
     empty: Any
     full_a: Any
     empty_a: Any
+    sa_free: Any
+    sa_done: Any
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -130,6 +132,18 @@ class Wide:
         return -(-most // CHUNK) * CHUNK
 
     @property
+    def a_rows(self) -> int:
+        """Rows of A in one step."""
+        return self.t.group * self.parts * PAGE
+
+    @property
+    def shared(self) -> bool:
+        """Whether tiles of A lie where tiles of y wait to be stored."""
+        rows = WGS * self.t.out_buffers * 64
+        fits = self.t.a_stages * self.a_rows <= rows and self.t.out_columns == BK
+        return fits and self.t.split == 1
+
+    @property
     def out_dtype(self) -> Any:
         return self.dtype if self.t.split == 1 else jnp.dtype(jnp.float32)
 
@@ -149,6 +163,7 @@ class Wide:
         out_swizzled = (
             plgpu.TilingTransform((8, t.out_columns)), plgpu.SwizzleTransform(bytes_),
         )  # fmt: skip
+        out_rows, a_rows = WGS * t.out_buffers * 64, t.a_stages * self.a_rows
         empty = partial(plgpu.Barrier, num_arrivals=WGS, num_barriers=t.stages)
         if t.cluster > 1:
             empty = partial(
@@ -158,17 +173,15 @@ class Wide:
         scratch = [
             plgpu.SMEM((t.stages, BM, BK), self.dtype, transforms=swizzled),
             plgpu.SMEM((t.stages, BK, t.bn), self.dtype, transforms=swizzled),
-            plgpu.SMEM(
-                (WGS, t.out_buffers, 64, t.out_columns), self.out_dtype, transforms=out_swizzled
-            ),
-            plgpu.SMEM(
-                (t.a_stages, t.group * self.parts * PAGE, BK), self.dtype, transforms=swizzled
-            ),
+            plgpu.SMEM((out_rows, t.out_columns), self.out_dtype, transforms=out_swizzled),
+            *([] if self.shared else [plgpu.SMEM((a_rows, BK), self.dtype, transforms=swizzled)]),
             plgpu.Barrier(num_arrivals=2, num_barriers=t.stages),
             plgpu.Barrier(num_arrivals=1 + CHUNK, num_barriers=t.stages),
             empty(),
             plgpu.Barrier(num_arrivals=t.group, num_barriers=t.a_stages),
             plgpu.Barrier(num_arrivals=WGS, num_barriers=t.a_stages),
+            plgpu.Barrier(num_arrivals=WGS),
+            plgpu.Barrier(num_arrivals=WGS),
         ]
         extra: dict[str, Any] = {"interpret": interpreter()} if interpret else {}
         if t.cluster > 1:
@@ -188,7 +201,10 @@ class Wide:
 
     def body(self, phase: str, *refs: Any) -> None:
         """What every warpgroup of every block runs."""
-        inputs, rest, scratch = refs[:9], refs[9:-9], refs[-9:]
+        count = 10 if self.shared else 11
+        inputs, rest, scratch = refs[:9], refs[9:-count], list(refs[-count:])
+        if self.shared:
+            scratch.insert(3, scratch[2])
         y, u = {
             "all": lambda: rest,
             "shrink": lambda: (None, rest[0]),
@@ -299,11 +315,9 @@ class Wide:
                 for g in range(t.group):
                     at = lax.min(self.page(k, p, g), jnp.int32(self.pages + CHUNK - 1))
                     height = self.parts * PAGE
-                    plgpu.copy_gmem_to_smem(
-                        r.a.at[r.ids[k.m, at], :, depth(j)],
-                        r.sa.at[slot, pl.ds(g * height, height)],
-                        r.full_a.at[slot],
-                    )
+                    there = r.sa.at[pl.ds(slot * self.a_rows + g * height, height)]
+                    page = r.a.at[r.ids[k.m, at], :, depth(j)]
+                    plgpu.copy_gmem_to_smem(page, there, r.full_a.at[slot])
 
             def base(j: jax.Array, n: jax.Array) -> jax.Array:
                 slot = acquire(n)
@@ -349,6 +363,8 @@ class Wide:
 
             n, na = carry
             if phase != "multiply":
+                if self.shared:
+                    pl.when(k.steps > 0)(lambda: plgpu.barrier_wait(r.sa_free))
                 n, na = lax.fori_loop(0, k.steps, first_pass, (n, na))
                 n, na = lax.fori_loop(1, k.passes, more, (n, na))
                 done = k.steps
@@ -356,9 +372,11 @@ class Wide:
                 done = jnp.int32(0)
             if phase != "shrink":
                 before = lax.max(jnp.int32(self.steps - t.tail), done)
-                n = lax.fori_loop(done, before, base, n)
+                early = lax.max(before - t.early, done)
+                n = lax.fori_loop(done, early, base, n)
                 if phase == "all":
                     pl.when(k.count > 0)(partial(meet, r.sync, k))
+                n = lax.fori_loop(early, before, base, n)
                 n = lax.fori_loop(0, k.expands, expand, n)
                 n = lax.fori_loop(before, self.steps, base, n)
             return n, na
@@ -422,7 +440,8 @@ class Wide:
                     if acc is not None:
                         plgpu.wgmma(acc, r.xs.at[slot, lanes], r.ws.at[slot])
                     plgpu.barrier_wait(r.full_a.at[a_slot])
-                    plgpu.wgmma(acc_u, r.xs.at[slot, lanes], r.sa.at[a_slot].transpose((1, 0)))
+                    a = r.sa.at[pl.ds(a_slot * self.a_rows, self.a_rows)]
+                    plgpu.wgmma(acc_u, r.xs.at[slot, lanes], a.transpose((1, 0)))
                     plgpu.wgmma_wait(1 if acc is None else 2)
 
                     @pl.when(j > 0)
@@ -442,11 +461,12 @@ class Wide:
 
                 return acc_u[...], n, na
 
-            shape = (64, t.group * self.parts * PAGE)
-            u, n, na = pl.run_scoped(accumulate, ACC(shape, jnp.float32))
-            for g in range(t.group):
-                at = self.page(k, p, g)
-                pl.when((k.steps > 0) & (at < k.padded))(partial(self.store_u, r, k, u, g, at))
+            places = [self.page(k, p, g) for g in range(t.group)]
+            owns = [self.own(r, k, at) for at in places]
+            u, n, na = pl.run_scoped(accumulate, ACC((64, self.a_rows), jnp.float32))
+            for g, (at, own) in enumerate(zip(places, owns, strict=True)):
+                there = (k.steps > 0) & (at < k.padded)
+                pl.when(there)(partial(self.store_u, r, k, u, g, at, own))
             return n, na
 
         def one_tile(i: jax.Array, carry: Any) -> Any:
@@ -456,6 +476,13 @@ class Wide:
                 n, na = carry
                 done = jnp.int32(0)
                 if phase != "multiply":
+                    if self.shared:
+
+                        @pl.when(k.steps > 0)
+                        def _() -> None:
+                            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                            plgpu.barrier_arrive(r.sa_free)
+
                     n, na = shrink(k, 0, acc, (n, na))
                     done = k.steps
                     n, na = lax.fori_loop(
@@ -463,6 +490,8 @@ class Wide:
                     )
                     if phase == "all":
                         pl.when(k.shrinks)(partial(signal, r.sync, k))
+                    if self.shared:
+                        pl.when(k.steps > 0)(lambda: plgpu.barrier_arrive(r.sa_done))
                 if phase != "shrink":
                     before = lax.max(jnp.int32(self.steps - t.tail), done)
                     n = consume(acc, r.full, before - done, n)
@@ -471,6 +500,8 @@ class Wide:
                 return acc[...], n, na
 
             acc, n, na = pl.run_scoped(accumulate, ACC((64, t.bn), jnp.float32))
+            if phase != "multiply" and self.shared:
+                pl.when(k.steps > 0)(lambda: plgpu.barrier_wait(r.sa_done))
             if phase != "shrink":
                 self.store_y(r, k, acc)
             return n, na
@@ -479,11 +510,17 @@ class Wide:
         lax.fori_loop(0, self.tiles_of_worker(), one_tile, (zero, zero))
         plgpu.wait_smem_to_gmem(0, wait_read_only=False)
 
-    def store_u(self, r: Refs, k: Tile, u: jax.Array, g: int, at: jax.Array) -> None:
+    def own(self, r: Refs, k: Tile, at: jax.Array) -> jax.Array:
+        """Which rows of this warpgroup use a page of the row block's list."""
+        at = lax.min(at, jnp.int32(self.pages + CHUNK - 1))
+        lines = pl.ds(k.row + lax.axis_index("wg") * 64, 64)
+        return load(r.mask, (r.places[k.m, at], lines), plgpu.Layout.WGMMA.reduce(1))
+
+    def store_u(
+        self, r: Refs, k: Tile, u: jax.Array, g: int, at: jax.Array, own: jax.Array
+    ) -> None:
         """One page's slice of u, zero where a row has another adapter."""
         local = k.row - k.m * self.block + lax.axis_index("wg") * 64
-        lines = pl.ds(k.row + lax.axis_index("wg") * 64, 64)
-        own = load(r.mask, (r.places[k.m, at], lines), plgpu.Layout.WGMMA.reduce(1))
         place = ((at * k.slices + k.q) * self.t.split + k.s) * PAGE
         for part in range(self.parts):
             column = (g * self.parts + part) * PAGE
@@ -498,7 +535,8 @@ class Wide:
         rows = pl.ds(k.row + wg * 64, 64)
         for j in range(t.bn // width):
             plgpu.wait_smem_to_gmem(t.out_buffers - 1, wait_read_only=True)
-            buffer = r.ys.at[wg, j % t.out_buffers]
+            first = (wg * t.out_buffers + j % t.out_buffers) * 64
+            buffer = r.ys.at[pl.ds(first, 64)]
             buffer[...] = acc[:, width * j : width * (j + 1)].astype(self.out_dtype)
             plgpu.commit_smem()
             there = r.y.at[k.s, rows, pl.ds(k.c * t.bn + width * j, width)]
@@ -507,7 +545,7 @@ class Wide:
 
 def signal(sync: Any, k: Tile) -> None:
     """This warpgroup's slices of the row block's u are written."""
-    _count(sync, k, fence=True)
+    _count(sync, k, "release")
 
 
 def meet(sync: Any, k: Tile) -> None:
@@ -517,22 +555,24 @@ def meet(sync: Any, k: Tile) -> None:
     def wait(_: Any, ref: Any, target: Any) -> None:
         counter = mgpu.SemaphoreRef(mgpu.memref_ptr(ref))
         counter.wait(target.registers.flat[0], decrement=False, memory_scope="gpu")
-        _proxy_fence()
+        # Threads wrote u, the copy engine reads it.
+        mgpu.inline_ptx(  # pyright: ignore[reportAttributeAccessIssue]
+            "fence.proxy.async;", has_side_effects=True
+        )
 
     wait(sync.at[k.m], k.signals)  # pyright: ignore[reportCallIssue]
-    _count(sync, k, fence=False)
+    _count(sync, k, "relaxed")
 
 
-def _count(sync: Any, k: Tile, *, fence: bool) -> None:
+def _count(sync: Any, k: Tile, order: str) -> None:
     """One more; from `last` on to zero."""
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT))
     def count(_: Any, ref: Any, last: Any) -> None:
-        if fence:
-            _proxy_fence()
-        mgpu.warpgroup_barrier()
+        if order == "release":
+            mgpu.warpgroup_barrier()
         mgpu.inline_ptx(  # pyright: ignore[reportAttributeAccessIssue]
-            "red.release.gpu.global.inc.u32 [$0], $1;",
+            f"red.{order}.gpu.global.inc.u32 [$0], $1;",
             mgpu.memref_ptr(ref),
             last.registers.flat[0],
             predicate=mgpu.single_thread_predicate(mgpu.ThreadSubset.WARPGROUP),
@@ -540,10 +580,3 @@ def _count(sync: Any, k: Tile, *, fence: bool) -> None:
         )
 
     count(sync.at[k.m], k.last)  # pyright: ignore[reportCallIssue]
-
-
-def _proxy_fence() -> None:
-    """u is written by threads and read by the copy engine."""
-    mgpu.inline_ptx(  # pyright: ignore[reportAttributeAccessIssue]
-        "fence.proxy.async;", has_side_effects=True
-    )

@@ -30,11 +30,13 @@ class Tuning:
     """Row blocks that a tile of w passes by before the next."""
     tail: int = 4
     """K steps after the expand steps: they hide that u and B come late."""
+    early: int = 8
+    """K steps before the expand steps after which u is waited for."""
     group: int = 1
     """Rank pages of one pass of the shrink."""
-    a_stages: int = 2
+    a_stages: int = 4
     """Tiles of A in flight."""
-    out_columns: int = 32
+    out_columns: int = 64
     """Columns of y that are stored at once."""
     out_buffers: int = 2
     """Stores in flight for each warpgroup."""
@@ -53,7 +55,7 @@ def tuning(rows: int, width: int, part_sizes: tuple[int, ...], sms: int) -> Tuni
         raise NotImplementedError(
             f"parts {part_sizes} and K={width}: every part must be a multiple of 64, K of 256"
         )
-    made = Tuning(bn=fits[0], stages=4, group=2 if parts == 1 else 1)
+    made = Tuning(bn=fits[0], stages=4)
     while made.stages > 2 and shared_bytes(made, parts) > SHARED_BYTES:
         made = dataclasses.replace(made, stages=made.stages - 1)
     return made
@@ -63,4 +65,6 @@ def shared_bytes(t: Tuning, parts: int) -> int:
     """Shared memory of one block of threads."""
     tiles = 2 * t.stages * (BM + t.bn) * BK
     shrink = 2 * t.a_stages * t.group * parts * PAGE * BK
-    return tiles + shrink + WGS * t.out_buffers * 64 * t.out_columns * (2 if t.split == 1 else 4)
+    out = WGS * t.out_buffers * 64 * t.out_columns * (2 if t.split == 1 else 4)
+    shared = t.split == 1 and t.out_columns == BK and shrink <= out
+    return tiles + (out if shared else shrink + out)
