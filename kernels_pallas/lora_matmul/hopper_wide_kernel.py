@@ -469,12 +469,33 @@ class Wide:
                 pl.when(there)(partial(self.store_u, r, k, u, g, at, own))
             return n, na
 
+        def begin(acc: Any, before: Any, n: jax.Array) -> jax.Array:
+            """The first steps, and beside them the stores of the tile before."""
+            for j in range(t.bn // t.out_columns):
+                slot = lax.rem(n + j, jnp.int32(t.stages))
+                plgpu.barrier_wait(r.full.at[slot])
+                plgpu.wgmma(acc, r.xs.at[slot, lanes], r.ws.at[slot])
+                self.store_y(r, before, j)
+                plgpu.wgmma_wait(1)
+                if j:
+                    release(n + j - 1)
+            plgpu.wgmma_wait(0)
+            release(n + t.bn // t.out_columns - 1)
+            return n + t.bn // t.out_columns
+
+        def flush(before: Any) -> None:
+            for j in range(t.bn // t.out_columns):
+                self.store_y(r, before, j)
+
         def one_tile(i: jax.Array, carry: Any) -> Any:
+            n, na, *last = carry
             k = self.tile(r, i)
 
             def accumulate(acc: Any) -> Any:
-                n, na = carry
+                at, na_ = n, na
                 done = jnp.int32(0)
+                if t.overlap and phase != "shrink":
+                    pl.when((i > 0) & (k.steps > 0))(partial(flush, last))
                 if phase != "multiply":
                     if self.shared:
 
@@ -483,10 +504,10 @@ class Wide:
                             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                             plgpu.barrier_arrive(r.sa_free)
 
-                    n, na = shrink(k, 0, acc, (n, na))
+                    at, na_ = shrink(k, 0, acc, (at, na_))
                     done = k.steps
-                    n, na = lax.fori_loop(
-                        1, k.passes, lambda p, carry: shrink(k, p, None, carry), (n, na)
+                    at, na_ = lax.fori_loop(
+                        1, k.passes, lambda p, carry: shrink(k, p, None, carry), (at, na_)
                     )
                     if phase == "all":
                         pl.when(k.shrinks)(partial(signal, r.sync, k))
@@ -494,20 +515,34 @@ class Wide:
                         pl.when(k.steps > 0)(lambda: plgpu.barrier_arrive(r.sa_done))
                 if phase != "shrink":
                     before = lax.max(jnp.int32(self.steps - t.tail), done)
-                    n = consume(acc, r.full, before - done, n)
-                    n = consume(acc, r.full_expand, k.expands, n)
-                    n = consume(acc, r.full, self.steps - before, n)
-                return acc[...], n, na
+                    if t.overlap:
+                        waiting = ((i > 0) & (k.steps == 0)).astype(jnp.int32)
+                        at = lax.fori_loop(0, waiting, lambda _, at: begin(acc, last, at), at)
+                        done = done + waiting * (t.bn // t.out_columns)
+                    at = consume(acc, r.full, before - done, at)
+                    at = consume(acc, r.full_expand, k.expands, at)
+                    at = consume(acc, r.full, self.steps - before, at)
+                return acc[...], at, na_
 
             acc, n, na = pl.run_scoped(accumulate, ACC((64, t.bn), jnp.float32))
             if phase != "multiply" and self.shared:
                 pl.when(k.steps > 0)(lambda: plgpu.barrier_wait(r.sa_done))
+            y = (k.s, k.row, k.c, acc.astype(self.out_dtype))
+            if t.overlap and phase != "shrink":
+                return n, na, *y
             if phase != "shrink":
-                self.store_y(r, k, acc)
+                flush(y)
             return n, na
 
         zero = jnp.int32(0)
-        lax.fori_loop(0, self.tiles_of_worker(), one_tile, (zero, zero))
+        carry: Any = (zero, zero)
+        if t.overlap and phase != "shrink":
+            nothing = jnp.zeros((64, t.bn), self.out_dtype)
+            carry += (zero, zero, zero, plgpu.layout_cast(nothing, plgpu.Layout.WGMMA))
+        tiles = self.tiles_of_worker()
+        _, _, *last = lax.fori_loop(0, tiles, one_tile, carry)
+        if last:
+            pl.when(tiles > 0)(partial(flush, last))
         plgpu.wait_smem_to_gmem(0, wait_read_only=False)
 
     def own(self, r: Refs, k: Tile, at: jax.Array) -> jax.Array:
@@ -529,18 +564,18 @@ class Wide:
             there = r.u.at[k.m, part, pl.ds(local, 64), pl.ds(place, PAGE)]
             there[...] = values.astype(self.dtype)
 
-    def store_y(self, r: Refs, k: Tile, acc: jax.Array) -> None:
-        """Through shared memory, in flight while the next tile begins."""
+    def store_y(self, r: Refs, y: Any, j: int) -> None:
+        """Some columns of a tile, through shared memory."""
         t, wg, width = self.t, lax.axis_index("wg"), self.t.out_columns
-        rows = pl.ds(k.row + wg * 64, 64)
-        for j in range(t.bn // width):
-            plgpu.wait_smem_to_gmem(t.out_buffers - 1, wait_read_only=True)
-            first = (wg * t.out_buffers + j % t.out_buffers) * 64
-            buffer = r.ys.at[pl.ds(first, 64)]
-            buffer[...] = acc[:, width * j : width * (j + 1)].astype(self.out_dtype)
-            plgpu.commit_smem()
-            there = r.y.at[k.s, rows, pl.ds(k.c * t.bn + width * j, width)]
-            plgpu.copy_smem_to_gmem(buffer, there)
+        s, row, c, values = y
+        plgpu.wait_smem_to_gmem(t.out_buffers - 1, wait_read_only=True)
+        first = (wg * t.out_buffers + j % t.out_buffers) * 64
+        buffer = r.ys.at[pl.ds(first, 64)]
+        buffer[...] = values[:, width * j : width * (j + 1)]
+        plgpu.commit_smem()
+        rows = pl.ds(pl.multiple_of(row + wg * 64, 64), 64)
+        there = r.y.at[s, rows, pl.ds(c * t.bn + width * j, width)]
+        plgpu.copy_smem_to_gmem(buffer, there)
 
 
 def signal(sync: Any, k: Tile) -> None:

@@ -40,6 +40,8 @@ class Tuning:
     """Columns of y that are stored at once."""
     out_buffers: int = 2
     """Stores in flight for each warpgroup."""
+    overlap: bool = False
+    """Whether a tile is stored during the first K steps of the next."""
     quarters: int = 1
     """Up to so many pages x split, the shrinks of four parts of K stay apart: each is a page more to
     expand, but four blocks share the shrink."""
