@@ -14,10 +14,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas.lora_matmul import xla
+from kernels_pallas.lora_matmul import hopper_wide, hopper_wide_tuning, xla
 from kernels_pallas.lora_matmul.hopper_kernel import Kernel
 from kernels_pallas.lora_matmul.hopper_tuning import Tuning, tuning
 from kernels_pallas.lora_matmul.types import RankPool, Segments
+
+
+WIDE_ROWS = 128
+"""From here on hopper_wide serves."""
 
 
 def matmul(
@@ -27,7 +31,7 @@ def matmul(
     segments: Segments,
     *,
     part_sizes: tuple[int, ...],
-    config: Tuning | None = None,
+    config: Tuning | hopper_wide_tuning.Tuning | None = None,
     sms: int | None = None,
     interpret: bool = False,
 ) -> Float[Array, "T N"]:
@@ -44,7 +48,8 @@ def matmul(
         raise NotImplementedError(f"the kernel needs jax 0.11, this is {jax.__version__}")
     sms = sms or _device_sms()
     rows = _padded(x.shape[0])
-    config = config or tuning(rows, x.shape[1], part_sizes, sms)
+    tiles = hopper_wide_tuning.tuning if rows >= WIDE_ROWS else tuning
+    config = config or tiles(rows, x.shape[1], part_sizes, sms)
     return _matmul(part_sizes, config, sms, interpret, x, w, pool, segments)
 
 
@@ -56,7 +61,7 @@ def _padded(rows: int) -> int:
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
 def _matmul(
     part_sizes: tuple[int, ...],
-    config: Tuning,
+    config: Tuning | hopper_wide_tuning.Tuning,
     sms: int,
     interpret: bool,
     x: jax.Array,
@@ -64,6 +69,10 @@ def _matmul(
     pool: RankPool,
     segments: Segments,
 ) -> jax.Array:
+    if isinstance(config, hopper_wide_tuning.Tuning):
+        return hopper_wide.matmul(
+            x, w, pool, segments, part_sizes=part_sizes, config=config, sms=sms, interpret=interpret
+        )
     rows = x.shape[0]
     padded = _padded(rows)
     meta = _meta(segments, padded)
@@ -76,13 +85,13 @@ def _matmul(
 
 
 def _matmul_forward(
-    part_sizes: tuple[int, ...], config: Tuning, sms: int, interpret: bool, *args: Any
+    part_sizes: tuple[int, ...], config: Any, sms: int, interpret: bool, *args: Any
 ) -> tuple[jax.Array, tuple[Any, ...]]:
     return _matmul(part_sizes, config, sms, interpret, *args), args
 
 
 def _matmul_backward(
-    part_sizes: tuple[int, ...], config: Tuning, sms: int, interpret: bool, saved: Any, dy: Any
+    part_sizes: tuple[int, ...], config: Any, sms: int, interpret: bool, saved: Any, dy: Any
 ) -> tuple[Any, ...]:
     """Gradients of x, w, A and B by XLA: training batches are large, where its matmuls win."""
     x, w, pool, segments = saved

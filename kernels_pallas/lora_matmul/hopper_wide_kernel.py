@@ -72,8 +72,10 @@ class Tile:
     """Distance to its next."""
     q: jax.Array
     """Which slice it shrinks."""
+    lead: jax.Array
+    """K steps before those that it shrinks."""
     steps: jax.Array
-    """K steps that it shrinks: its first ones. 0: none."""
+    """K steps that it shrinks. 0: none."""
     passes: jax.Array
     """Times it goes over them: for more pages than one pass takes."""
     expands: jax.Array
@@ -84,6 +86,8 @@ class Tile:
     """Where the row block's counter wraps to zero."""
     shrinks: jax.Array
     """Whether this tile signals."""
+    before: jax.Array
+    """K steps before the expand steps."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -216,12 +220,12 @@ class Wide:
 
         @pl.when(wg == WGS)
         def _() -> None:
-            plgpu.set_max_registers(40, action="decrease")
+            plgpu.set_max_registers(24, action="decrease")
             self.produce(phase, r)
 
         @pl.when(wg < WGS)
         def _() -> None:
-            plgpu.set_max_registers(232, action="increase")
+            plgpu.set_max_registers(240, action="increase")
             self.multiply(phase, r)
 
     # Which tile is whose, and what of the shrink it does.
@@ -256,7 +260,6 @@ class Wide:
         pages = count * t.split
         slices = jnp.where(pages <= t.quarters, 4, jnp.where(pages <= t.halves, 2, 1))
         slices = jnp.where(fours, slices, 1)
-        start = jnp.where(fours & mine, c4 * (self.steps // 4), 0)
         first = jnp.where(
             slices == 4, c // 4, jnp.where(slices == 2, c // 4 * 2 + lax.rem(c, number(2)), c)
         )
@@ -268,13 +271,20 @@ class Wide:
         passes = (own + t.group - 1) // t.group
         chunks = padded * slices * t.split // CHUNK
         signals = near * t.split * WGS * t.cluster
+        steps = jnp.where(passes > 0, self.steps // slices, 0)
+        before = number(self.steps - t.tail)
+        if t.rotate:
+            start, lead = jnp.where(fours & mine, c4 * (self.steps // 4), 0), number(0)
+        else:
+            start, lead = number(0), q * steps
+            before = jnp.where(mine, self.steps, before)
         row = m * self.block
         if t.cluster > 1:
             row = row + lax.axis_index("pair") * BM
         return Tile(
             m=m, c=c, s=s, row=row, count=count, padded=padded, slices=slices, start=start,
-            first=first, stride=stride, q=q, passes=passes,
-            steps=jnp.where(passes > 0, self.steps // slices, 0),
+            first=first, stride=stride, q=q, passes=passes, lead=lead, steps=steps,
+            before=lax.max(before, lead + steps),
             expands=lax.max((chunks - s + t.split - 1) // t.split, 0),
             signals=signals, last=signals + self.columns * t.split * t.cluster - 1,
             shrinks=mine & (count > 0),
@@ -342,7 +352,7 @@ class Wide:
                     load_a(p, j, na)
                     return n + 1, na + 1
 
-                return lax.fori_loop(0, k.steps, step, carry)
+                return lax.fori_loop(k.lead, k.lead + k.steps, step, carry)
 
             def expand(e: jax.Array, n: jax.Array) -> jax.Array:
                 slot, full = acquire(n), r.full_expand
@@ -365,20 +375,21 @@ class Wide:
             if phase != "multiply":
                 if self.shared:
                     pl.when(k.steps > 0)(lambda: plgpu.barrier_wait(r.sa_free))
-                n, na = lax.fori_loop(0, k.steps, first_pass, (n, na))
+                n = lax.fori_loop(0, k.lead, base, n)
+                n, na = lax.fori_loop(k.lead, k.lead + k.steps, first_pass, (n, na))
                 n, na = lax.fori_loop(1, k.passes, more, (n, na))
-                done = k.steps
+                done = k.lead + k.steps
             else:
                 done = jnp.int32(0)
             if phase != "shrink":
-                before = lax.max(jnp.int32(self.steps - t.tail), done)
-                early = lax.max(before - t.early, done)
+                early = jnp.where(k.before == self.steps, k.before, k.before - t.early)
+                early = lax.max(early, done)
                 n = lax.fori_loop(done, early, base, n)
                 if phase == "all":
                     pl.when(k.count > 0)(partial(meet, r.sync, k))
-                n = lax.fori_loop(early, before, base, n)
+                n = lax.fori_loop(early, k.before, base, n)
                 n = lax.fori_loop(0, k.expands, expand, n)
-                n = lax.fori_loop(before, self.steps, base, n)
+                n = lax.fori_loop(k.before, self.steps, base, n)
             return n, na
 
         zero = jnp.int32(0)
@@ -504,8 +515,10 @@ class Wide:
                             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                             plgpu.barrier_arrive(r.sa_free)
 
+                    if not t.rotate:
+                        at = consume(acc, r.full, k.lead, at)
                     at, na_ = shrink(k, 0, acc, (at, na_))
-                    done = k.steps
+                    done = k.lead + k.steps
                     at, na_ = lax.fori_loop(
                         1, k.passes, lambda p, carry: shrink(k, p, None, carry), (at, na_)
                     )
@@ -514,14 +527,13 @@ class Wide:
                     if self.shared:
                         pl.when(k.steps > 0)(lambda: plgpu.barrier_arrive(r.sa_done))
                 if phase != "shrink":
-                    before = lax.max(jnp.int32(self.steps - t.tail), done)
                     if t.overlap:
                         waiting = ((i > 0) & (k.steps == 0)).astype(jnp.int32)
                         at = lax.fori_loop(0, waiting, lambda _, at: begin(acc, last, at), at)
                         done = done + waiting * (t.bn // t.out_columns)
-                    at = consume(acc, r.full, before - done, at)
+                    at = consume(acc, r.full, k.before - done, at)
                     at = consume(acc, r.full_expand, k.expands, at)
-                    at = consume(acc, r.full, self.steps - before, at)
+                    at = consume(acc, r.full, self.steps - k.before, at)
                 return acc[...], at, na_
 
             acc, n, na = pl.run_scoped(accumulate, ACC((64, t.bn), jnp.float32))

@@ -40,6 +40,9 @@ class Tuning:
     """Columns of y that are stored at once."""
     out_buffers: int = 2
     """Stores in flight for each warpgroup."""
+    rotate: bool = True
+    """Whether tiles that shrink begin with the part of K that they shrink: u is there in time, but the
+    tiles of a row block read x at different places. Else it comes in order, and u at the end."""
     overlap: bool = False
     """Whether a tile is stored during the first K steps of the next."""
     quarters: int = 1
