@@ -19,9 +19,8 @@ from kernels_pallas.lora_matmul.hopper_kernel import Kernel
 from kernels_pallas.lora_matmul.hopper_tuning import Tuning, tuning
 from kernels_pallas.lora_matmul.types import RankPool, Segments
 
-
-WIDE_ROWS = 128
-"""From here on hopper_wide serves."""
+NARROW_ROWS = 128
+"""With more, hopper_wide serves."""
 
 
 def matmul(
@@ -48,9 +47,14 @@ def matmul(
         raise NotImplementedError(f"the kernel needs jax 0.11, this is {jax.__version__}")
     sms = sms or _device_sms()
     rows = _padded(x.shape[0])
-    tiles = hopper_wide_tuning.tuning if rows >= WIDE_ROWS else tuning
+    tiles = tuning if rows <= NARROW_ROWS else hopper_wide_tuning.tuning
     config = config or tiles(rows, x.shape[1], part_sizes, sms)
     return _matmul(part_sizes, config, sms, interpret, x, w, pool, segments)
+
+
+def worth_it(x: jax.Array, part_sizes: tuple[int, ...]) -> bool:
+    """Whether the kernel is faster than XLA for these shapes, as far as it was measured."""
+    return hopper_wide_tuning.worth_it(x.shape[0], part_sizes, _device_sms())
 
 
 def _padded(rows: int) -> int:

@@ -60,8 +60,6 @@ class Tile:
     """First row of this block of threads."""
     count: jax.Array
     """Pages that the row block uses."""
-    padded: jax.Array
-    """The same, filled up with page 0 to whole expand steps."""
     slices: jax.Array
     """Parts of this K range whose shrinks stay apart: 1, 2 or 4."""
     start: jax.Array
@@ -72,12 +70,10 @@ class Tile:
     """Distance to its next."""
     q: jax.Array
     """Which slice it shrinks."""
-    lead: jax.Array
-    """K steps before those that it shrinks."""
     steps: jax.Array
-    """K steps that it shrinks. 0: none."""
+    """K steps that it shrinks: its first ones. 0: none."""
     passes: jax.Array
-    """Times it goes over them: for more pages than one pass takes."""
+    """How often it goes over them: each time takes `group` pages."""
     expands: jax.Array
     """Expand steps."""
     signals: jax.Array
@@ -88,6 +84,10 @@ class Tile:
     """Whether this tile signals."""
     before: jax.Array
     """K steps before the expand steps."""
+    pages: jax.Array
+    """Its pages."""
+    places: jax.Array
+    """Its pages and its share of what fills them up."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -132,7 +132,7 @@ class Wide:
     @property
     def depth(self) -> int:
         """Most rank pages' worth of u that a row has."""
-        most = max(2 * self.t.halves, (self.pages + CHUNK) * self.t.split)
+        most = max(4 * self.t.quarters, 2 * self.t.halves, self.pages + CHUNK) * self.t.split
         return -(-most // CHUNK) * CHUNK
 
     @property
@@ -257,9 +257,9 @@ class Wide:
         near = jnp.where(fours, near // 4 * 4, near)
         mine, c4 = c < near, lax.rem(c, number(4))
         count = r.counts[m]
-        pages = count * t.split
-        slices = jnp.where(pages <= t.quarters, 4, jnp.where(pages <= t.halves, 2, 1))
+        slices = jnp.where(count <= t.quarters, 4, jnp.where(count <= t.halves, 2, 1))
         slices = jnp.where(fours, slices, 1)
+        start = jnp.where(fours & mine, c4 * (self.steps // 4), 0)
         first = jnp.where(
             slices == 4, c // 4, jnp.where(slices == 2, c // 4 * 2 + lax.rem(c, number(2)), c)
         )
@@ -267,27 +267,24 @@ class Wide:
         whole = lax.max(CHUNK // (slices * t.split), number(1))
         padded = (count + whole - 1) // whole * whole
         stride = near // slices
-        own = jnp.where(mine, lax.max((padded - first + stride - 1) // stride, 0), 0)
-        passes = (own + t.group - 1) // t.group
+
+        def share(places: jax.Array) -> jax.Array:
+            return jnp.where(mine, lax.max((places - first + stride - 1) // stride, 0), 0)
+
+        passes = (share(count) + t.group - 1) // t.group
+        steps = jnp.where(passes > 0, self.steps // slices, 0)
         chunks = padded * slices * t.split // CHUNK
         signals = near * t.split * WGS * t.cluster
-        steps = jnp.where(passes > 0, self.steps // slices, 0)
-        before = number(self.steps - t.tail)
-        if t.rotate:
-            start, lead = jnp.where(fours & mine, c4 * (self.steps // 4), 0), number(0)
-        else:
-            start, lead = number(0), q * steps
-            before = jnp.where(mine, self.steps, before)
         row = m * self.block
         if t.cluster > 1:
             row = row + lax.axis_index("pair") * BM
         return Tile(
-            m=m, c=c, s=s, row=row, count=count, padded=padded, slices=slices, start=start,
-            first=first, stride=stride, q=q, passes=passes, lead=lead, steps=steps,
-            before=lax.max(before, lead + steps),
+            m=m, c=c, s=s, row=row, count=count, slices=slices, start=start, first=first,
+            stride=stride, q=q, passes=passes, steps=steps,
             expands=lax.max((chunks - s + t.split - 1) // t.split, 0),
             signals=signals, last=signals + self.columns * t.split * t.cluster - 1,
-            shrinks=mine & (count > 0),
+            shrinks=mine & (count > 0), before=lax.max(number(self.steps - t.tail), steps),
+            pages=share(count), places=share(padded),
         )  # fmt: skip
 
     # The warpgroup that loads.
@@ -319,15 +316,12 @@ class Wide:
                 there = r.w.at[depth(j), columns]
                 plgpu.copy_gmem_to_smem(there, r.ws.at[slot], r.full.at[slot], **multicast)
 
-            def load_a(p: Any, j: jax.Array, na: jax.Array) -> None:
-                slot = lax.rem(na, jnp.int32(t.a_stages))
+            def load_a(ids: list[jax.Array], j: jax.Array, na: jax.Array) -> None:
+                slot, height = lax.rem(na, jnp.int32(t.a_stages)), self.parts * PAGE
                 pl.when(na >= t.a_stages)(lambda: plgpu.barrier_wait(r.empty_a.at[slot]))
-                for g in range(t.group):
-                    at = lax.min(self.page(k, p, g), jnp.int32(self.pages + CHUNK - 1))
-                    height = self.parts * PAGE
+                for g, page in enumerate(ids):
                     there = r.sa.at[pl.ds(slot * self.a_rows + g * height, height)]
-                    page = r.a.at[r.ids[k.m, at], :, depth(j)]
-                    plgpu.copy_gmem_to_smem(page, there, r.full_a.at[slot])
+                    plgpu.copy_gmem_to_smem(r.a.at[page, :, depth(j)], there, r.full_a.at[slot])
 
             def base(j: jax.Array, n: jax.Array) -> jax.Array:
                 slot = acquire(n)
@@ -335,24 +329,22 @@ class Wide:
                 load_x(j, slot)
                 return n + 1
 
-            def first_pass(j: jax.Array, carry: Any) -> Any:
-                n, na = carry
-                slot = acquire(n)
-                load_w(j, slot)
-                load_x(j, slot)
-                load_a(0, j, na)
-                return n + 1, na + 1
+            def shrink(p: Any, carry: Any) -> Any:
+                last = jnp.int32(self.pages + CHUNK - 1)
+                ids = [r.ids[k.m, lax.min(self.page(k, p, g), last)] for g in range(t.group)]
 
-            def more(p: jax.Array, carry: Any) -> Any:
                 def step(j: jax.Array, carry: Any) -> Any:
                     n, na = carry
                     slot = acquire(n)
+                    if isinstance(p, int):
+                        load_w(j, slot)
+                    else:
+                        plgpu.barrier_arrive(r.full.at[slot])
                     load_x(j, slot)
-                    plgpu.barrier_arrive(r.full.at[slot])
-                    load_a(p, j, na)
+                    load_a(ids, j, na)
                     return n + 1, na + 1
 
-                return lax.fori_loop(k.lead, k.lead + k.steps, step, carry)
+                return lax.fori_loop(0, k.steps, step, carry)
 
             def expand(e: jax.Array, n: jax.Array) -> jax.Array:
                 slot, full = acquire(n), r.full_expand
@@ -360,8 +352,9 @@ class Wide:
                 part = jnp.int32(0)
                 for end in ends[:-1]:
                     part = part + (k.c >= end).astype(jnp.int32)
-                for g in range(CHUNK):
-                    page = r.ids[k.m, (chunk * CHUNK + g) // (k.slices * t.split)]
+                each = k.slices * t.split
+                ids = [r.ids[k.m, (chunk * CHUNK + g) // each] for g in range(CHUNK)]
+                for g, page in enumerate(ids):
                     plgpu.copy_gmem_to_smem(
                         r.b.at[page, :, columns], r.ws.at[slot, pl.ds(PAGE * g, PAGE)],
                         full.at[slot],
@@ -375,15 +368,13 @@ class Wide:
             if phase != "multiply":
                 if self.shared:
                     pl.when(k.steps > 0)(lambda: plgpu.barrier_wait(r.sa_free))
-                n = lax.fori_loop(0, k.lead, base, n)
-                n, na = lax.fori_loop(k.lead, k.lead + k.steps, first_pass, (n, na))
-                n, na = lax.fori_loop(1, k.passes, more, (n, na))
-                done = k.lead + k.steps
+                n, na = shrink(0, (n, na))
+                n, na = lax.fori_loop(1, k.passes, shrink, (n, na))
+                done = k.steps
             else:
                 done = jnp.int32(0)
             if phase != "shrink":
-                early = jnp.where(k.before == self.steps, k.before, k.before - t.early)
-                early = lax.max(early, done)
+                early = lax.max(k.before - t.early, done)
                 n = lax.fori_loop(done, early, base, n)
                 if phase == "all":
                     pl.when(k.count > 0)(partial(meet, r.sync, k))
@@ -446,7 +437,10 @@ class Wide:
             def accumulate(acc_u: Any) -> Any:
                 def step(j: jax.Array, carry: Any) -> Any:
                     n, na = carry
-                    slot, a_slot = lax.rem(n, jnp.int32(t.stages)), lax.rem(na, jnp.int32(t.a_stages))
+                    slot, a_slot = (
+                        lax.rem(n, jnp.int32(t.stages)),
+                        lax.rem(na, jnp.int32(t.a_stages)),
+                    )
                     plgpu.barrier_wait(r.full.at[slot])
                     if acc is not None:
                         plgpu.wgmma(acc, r.xs.at[slot, lanes], r.ws.at[slot])
@@ -476,7 +470,7 @@ class Wide:
             owns = [self.own(r, k, at) for at in places]
             u, n, na = pl.run_scoped(accumulate, ACC((64, self.a_rows), jnp.float32))
             for g, (at, own) in enumerate(zip(places, owns, strict=True)):
-                there = (k.steps > 0) & (at < k.padded)
+                there = (k.steps > 0) & (at < k.count)
                 pl.when(there)(partial(self.store_u, r, k, u, g, at, own))
             return n, na
 
@@ -515,13 +509,12 @@ class Wide:
                             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                             plgpu.barrier_arrive(r.sa_free)
 
-                    if not t.rotate:
-                        at = consume(acc, r.full, k.lead, at)
                     at, na_ = shrink(k, 0, acc, (at, na_))
-                    done = k.lead + k.steps
+                    done = k.steps
                     at, na_ = lax.fori_loop(
                         1, k.passes, lambda p, carry: shrink(k, p, None, carry), (at, na_)
                     )
+                    lax.fori_loop(k.pages, k.places, partial(self.fill_u, r, k), None)
                     if phase == "all":
                         pl.when(k.shrinks)(partial(signal, r.sync, k))
                     if self.shared:
@@ -567,14 +560,23 @@ class Wide:
         self, r: Refs, k: Tile, u: jax.Array, g: int, at: jax.Array, own: jax.Array
     ) -> None:
         """One page's slice of u, zero where a row has another adapter."""
-        local = k.row - k.m * self.block + lax.axis_index("wg") * 64
-        place = ((at * k.slices + k.q) * self.t.split + k.s) * PAGE
         for part in range(self.parts):
             column = (g * self.parts + part) * PAGE
             values = u[:, column : column + PAGE]
             values = values * lax.broadcast_in_dim(own, values.shape, [0])
-            there = r.u.at[k.m, part, pl.ds(local, 64), pl.ds(place, PAGE)]
-            there[...] = values.astype(self.dtype)
+            self.place_u(r, k, at, part)[...] = values.astype(self.dtype)
+
+    def fill_u(self, r: Refs, k: Tile, i: jax.Array, carry: None) -> None:
+        """Zeros: the rest of the last expand step."""
+        for part in range(self.parts):
+            zeros = plgpu.layout_cast(jnp.zeros((64, PAGE), self.dtype), plgpu.Layout.WGMMA)
+            self.place_u(r, k, k.first + i * k.stride, part)[...] = zeros
+
+    def place_u(self, r: Refs, k: Tile, at: jax.Array, part: int) -> Any:
+        """Where this warpgroup's rows of one slice of u lie."""
+        rows = pl.ds(k.row - k.m * self.block + lax.axis_index("wg") * 64, 64)
+        place = ((at * k.slices + k.q) * self.t.split + k.s) * PAGE
+        return r.u.at[k.m, part, rows, pl.ds(place, PAGE)]
 
     def store_y(self, r: Refs, y: Any, j: int) -> None:
         """Some columns of a tile, through shared memory."""

@@ -40,30 +40,78 @@ class Tuning:
     """Columns of y that are stored at once."""
     out_buffers: int = 2
     """Stores in flight for each warpgroup."""
-    rotate: bool = True
-    """Whether tiles that shrink begin with the part of K that they shrink: u is there in time, but the
-    tiles of a row block read x at different places. Else it comes in order, and u at the end."""
     overlap: bool = False
     """Whether a tile is stored during the first K steps of the next."""
     quarters: int = 1
-    """Up to so many pages x split, the shrinks of four parts of K stay apart: each is a page more to
-    expand, but four blocks share the shrink."""
+    """Up to so many pages, the shrinks of four parts of K stay apart: each is a page more to expand,
+    but four blocks of threads share the shrink."""
     halves: int = 4
     """The same for two parts of K."""
 
 
 def tuning(rows: int, width: int, part_sizes: tuple[int, ...], sms: int) -> Tuning:
     """Tile sizes for [rows, width] @ [width, sum(part_sizes)]; NotImplementedError if none fit."""
-    parts = len(part_sizes)
+    parts, total = len(part_sizes), sum(part_sizes)
     fits = [bn for bn in (256, 128, 64) if all(size % bn == 0 for size in part_sizes)]
-    if not fits or width % 256:
+    if not fits or width % BK:
         raise NotImplementedError(
-            f"parts {part_sizes} and K={width}: every part must be a multiple of 64, K of 256"
+            f"parts {part_sizes} and K={width}: every part and K must be multiples of 64"
         )
-    made = Tuning(bn=fits[0], stages=4)
+    blocks = -(-rows // BM)
+    if rows > 256:
+        bn = max(fits, key=lambda bn: _efficiency(rows, total, bn, sms))
+        far = width > 8192  # x of a span does not stay in L2
+        made = Tuning(
+            bn=bn, stages=4 if bn == 256 else 6, overlap=width // BK >= 16,
+            cluster=2 if far else 1, quarters=2 if parts == 1 else 1,
+        )  # fmt: skip
+        made = dataclasses.replace(made, span=_span(made, blocks, total // made.bn, sms))
+    elif fits[0] == 256 and blocks * total // 256 >= 0.75 * sms:
+        made = Tuning(bn=256, stages=4, cluster=2, group=max(1, 3 - parts))
+    else:
+        bn = min(128, fits[0])
+        tiles = blocks * total // bn
+        steps = width // BK
+        split = max(s for s in (1, 2, 4) if s == 1 or (tiles * s <= sms and steps % (16 * s) == 0))
+        made = Tuning(bn=bn, stages=6, split=split, group=max(1, 3 - parts))
+        if split > 1:
+            made = dataclasses.replace(made, out_columns=32, a_stages=3)
     while made.stages > 2 and shared_bytes(made, parts) > SHARED_BYTES:
         made = dataclasses.replace(made, stages=made.stages - 1)
     return made
+
+
+def worth_it(rows: int, part_sizes: tuple[int, ...], sms: int) -> bool:
+    """Whether the kernel is expected to beat XLA's matmuls with LoRA (0.84 of those without), from
+    how full the last round of tiles is. Measured at 256 and 2048 rows only."""
+    fits = [bn for bn in (256, 128, 64) if all(size % bn == 0 for size in part_sizes)]
+    most = max((_efficiency(rows, sum(part_sizes), bn, sms) for bn in fits), default=0.0)
+    return rows <= 256 or most > 0.83
+
+
+def _efficiency(rows: int, total: int, bn: int, sms: int) -> float:
+    """The share of a launch in which the multiplying warpgroups are busy."""
+    tiles = -(-rows // BM) * total // bn
+    return tiles / (-(-tiles // sms) * sms) * {256: 1.0, 128: 0.87, 64: 0.6}[bn]
+
+
+def _span(t: Tuning, blocks: int, columns: int, sms: int) -> int:
+    """Row blocks of a group, about 16 x 128 rows, such that at least four tiles of every row block
+    come in the round in which it first occurs (see Wide.tile): they share its shrink."""
+    blocks, workers = -(-blocks // t.cluster), sms // t.cluster
+
+    def fewest(span: int) -> int:
+        least = columns
+        for m in range(blocks):
+            group = m // span
+            begin = group * span * columns + m - group * span
+            left = workers - begin % workers
+            least = min(least, -(-left // min(span, blocks - group * span)))
+        return min(4, least)
+
+    wanted = 16 // t.cluster
+    near = sorted(range(wanted // 2, 2 * wanted + 1), key=lambda span: abs(span - wanted))
+    return max(near, key=fewest)
 
 
 def shared_bytes(t: Tuning, parts: int) -> int:
