@@ -1,4 +1,4 @@
-"""What the warpgroups and blocks of the Hopper kernel wait for: a ring of tiles, two counters."""
+"""What the warpgroups and blocks of the Hopper kernels wait for: a ring of tiles, counters."""
 
 import dataclasses
 from functools import partial
@@ -115,6 +115,44 @@ class Counters:
         """Wait, pass: once a block and counter."""
         self.wait(which)
         self.signal(which)
+
+
+def signal(counter: Any, last: jax.Array) -> None:
+    """One more on a counter (8 integers of which one is used) once this warpgroup's writes are
+    seen everywhere; at `last` it wraps to zero."""
+    _count(counter, last, "release")
+
+
+def meet(counter: Any, target: jax.Array, last: jax.Array) -> None:
+    """Wait for `target` signals, then count as one more: whoever comes last clears the counter."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT))
+    def wait(_: Any, ref: Any, target: Any) -> None:
+        semaphore = mgpu.SemaphoreRef(mgpu.memref_ptr(ref))
+        semaphore.wait(target.registers.flat[0], decrement=False, memory_scope="gpu")
+        # Threads wrote what the copy engine is to read.
+        mgpu.inline_ptx(  # pyright: ignore[reportAttributeAccessIssue]
+            "fence.proxy.async;", has_side_effects=True
+        )
+
+    wait(counter, target)  # pyright: ignore[reportCallIssue]
+    _count(counter, last, "relaxed")
+
+
+def _count(counter: Any, last: jax.Array, order: str) -> None:
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT))
+    def count(_: Any, ref: Any, last: Any) -> None:
+        if order == "release":
+            mgpu.warpgroup_barrier()
+        mgpu.inline_ptx(  # pyright: ignore[reportAttributeAccessIssue]
+            f"red.{order}.gpu.global.inc.u32 [$0], $1;",
+            mgpu.memref_ptr(ref),
+            last.registers.flat[0],
+            predicate=mgpu.single_thread_predicate(mgpu.ThreadSubset.WARPGROUP),
+            has_side_effects=True,
+        )
+
+    count(counter, last)  # pyright: ignore[reportCallIssue]
 
 
 def load(ref: Any, index: tuple[Any, ...], layout: Any) -> jax.Array:

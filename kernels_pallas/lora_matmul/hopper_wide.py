@@ -36,6 +36,9 @@ def matmul(
     """See hopper.matmul."""
     rows, block = x.shape[0], BM * config.cluster
     padded = -(-rows // block) * block
+    tiles = padded // BM * sum(part_sizes) // config.bn * config.split
+    if config.split > 1 and tiles > sms:
+        raise NotImplementedError(f"{tiles} tiles for {sms} SMs: parts of K wait for one another")
     lists = page_lists(segments, padded, block)
     x = jnp.pad(x, ((0, padded - rows), (0, 0)))
     y = _launch(

@@ -41,6 +41,10 @@ def inputs(
         ("gate_up", "distinct", 32, 16),
         ("down", "uniform", 200, 16),
         ("qkv", "distinct", 64, 16),
+        ("qkv", "zipf", 256, 16),
+        ("o", "uniform", 1000, None),
+        ("down", "zipf", 2048, 16),
+        ("o", "identical", 4500, 16),  # row blocks that come late in a round
     ],
 )
 def test_delta_is_exact_while_unused_pages_hold_nan(
@@ -58,8 +62,9 @@ def test_delta_is_exact_while_unused_pages_hold_nan(
     assert testing.delta_error(np.asarray(out.astype(jnp.float32)), base, delta) < 1.5e-2
 
 
-def test_repeated_and_chained_calls_leave_the_counters_clean_and_agree_bitwise() -> None:
-    rows = testing.pattern("uniform", 32)
+@pytest.mark.parametrize("count", [32, 256, 2048])
+def test_repeated_and_chained_calls_leave_the_counters_clean_and_agree_bitwise(count: int) -> None:
+    rows = testing.pattern("uniform", count)
     x, w, pool, segs, parts = inputs("o", rows, 40, 40)
 
     @jax.jit
@@ -73,6 +78,16 @@ def test_repeated_and_chained_calls_leave_the_counters_clean_and_agree_bitwise()
 
     outs = [np.asarray(y.astype(jnp.float32)) for _ in range(5) for y in chain(x)]
     assert all(np.array_equal(outs[0], other) for other in outs)
+
+
+def test_a_base_row_of_a_prefill_does_not_depend_on_the_adapters_beside_it() -> None:
+    rows = testing.pattern("uniform", 2048, resident=8)
+    rows.adapter[1::2] = -1
+    x, w, pool, segs, parts = inputs("qkv", rows, 40, 8)
+    none = testing.segments(testing.pattern("base", 2048), pool_pages=40, bucket=8)
+    f = jax.jit(lambda *a: lora_matmul(*a, part_sizes=parts, implementation="hopper"))
+    some, alone = (np.asarray(f(x, w, pool, s).astype(jnp.float32)) for s in (segs, none))
+    assert np.array_equal(some[1::2], alone[1::2])
 
 
 def test_no_active_page_gives_the_base_matmul() -> None:
