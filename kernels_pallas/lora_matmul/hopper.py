@@ -19,8 +19,8 @@ from kernels_pallas.lora_matmul.hopper_kernel import Kernel
 from kernels_pallas.lora_matmul.hopper_tuning import Tuning, tuning
 from kernels_pallas.lora_matmul.types import RankPool, Segments
 
-NARROW_ROWS = 256
-"""With more, hopper_wide serves; 128 is where it becomes faster (see api.FUSED_ROWS)."""
+NARROW_ROWS = 128
+"""With more, hopper_wide serves: from there on it is faster."""
 
 
 def matmul(
