@@ -1,14 +1,14 @@
 """The functions that the decoder is made of. Pure; local shapes under tensor parallelism."""
 
-from collections.abc import Callable
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jlora.batch import Batch
 from jlora.sharding import AXIS
+from kernels_pallas.act_mul import ACTIVATIONS as ACTIVATIONS
+from kernels_pallas.act_mul import Activation as Activation
+from kernels_pallas.act_mul import act_mul as act_mul
 from kernels_pallas.add_norm import add as add
 from kernels_pallas.add_norm import add_norm as add_norm
 from kernels_pallas.add_norm import rms_norm as rms_norm
@@ -20,20 +20,18 @@ from kernels_pallas.lora_matmul import (
     lora_epilogue,
 )
 from kernels_pallas.paged_attention import paged_attention
+from kernels_pallas.prefetch import Prefetch as Prefetch
 from kernels_pallas.rope_write import Norms as Norms
 from kernels_pallas.rope_write import rope_write
 
 KV = tuple[Float[Array, "P K page H"], Float[Array, "P K page H"]]
 """One layer's keys and values."""
 
+BEHIND_SMALL = 12 << 20
+"""Bytes of a weight that are loaded into L2 while a launch of two microseconds runs."""
 
-Activation = Callable[[Array], Array]
-
-ACTIVATIONS: dict[str, Activation] = {
-    "silu": jax.nn.silu,
-    "gelu_tanh": partial(jax.nn.gelu, approximate=True),
-}
-"""The gate's activation by its name in `ModelConfig`."""
+BEHIND_ATTENTION = 32 << 20
+"""The same while decode rows attend."""
 
 
 def softcap(x: Array, cap: float | None) -> Array:
@@ -92,11 +90,12 @@ def attention(
     window: int | None,
     scale: float | None = None,
     cap: float | None = None,
+    prefetch: Prefetch | None = None,
 ) -> tuple[Float[Array, "T N H"], KV]:
     """Rotates q and k by `turn` (cos and sin), stores the step's K/V in their pages, then attends over
     each row's whole context.
 
-    `scale`: factor on the scores, None: H ** -0.5; `cap`: their softcap.
+    `scale`: factor on the scores, None: H ** -0.5; `cap`: their softcap; `prefetch`: what is read next.
     """
     page_size, width = kv[0].shape[2:]
     pages, offsets = kv_place(batch, page_size, decode, block)
@@ -113,6 +112,7 @@ def attention(
         scale=width**-0.5 if scale is None else scale,
         window=window,
         softcap=cap,
+        prefetch=prefetch,
     )
     return out, (keys, values)
 

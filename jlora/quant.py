@@ -5,7 +5,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from kernels_pallas.lora_matmul import ActivePages, RankPool, Segments, lora_matmul
+from kernels_pallas.lora_matmul import (
+    ActivePages,
+    RankPool,
+    Segments,
+    first_reads,
+    lora_matmul,
+)
+from kernels_pallas.prefetch import Prefetch
 
 
 class Dense(nnx.Module):
@@ -21,8 +28,10 @@ class Dense(nnx.Module):
         segments: Segments | None = None,
         part_sizes: tuple[int, ...] | None = None,
         out_dtype: jax.typing.DTypeLike = jnp.float32,
-    ) -> Float[Array, "T out"]:
-        """x @ W plus each row's own delta, accumulated in float32."""
+        *,
+        summed: bool = True,
+    ) -> Float[Array, "*sums T out"]:
+        """x @ W plus each row's own delta, accumulated in float32; `summed` as in `lora_matmul`."""
         kernel = self.kernel[...]
         return lora_matmul(
             x,
@@ -31,7 +40,20 @@ class Dense(nnx.Module):
             segments,
             part_sizes=part_sizes or kernel.shape[1:],
             out_dtype=out_dtype,
+            summed=summed,
         )
+
+    def first_reads(
+        self,
+        rows: int,
+        adapters: RankPool | ActivePages | None,
+        segments: Segments,
+        part_sizes: tuple[int, ...],
+        budget: int,
+    ) -> Prefetch | None:
+        """What `matmul` with so many rows reads first, `budget` bytes of the weight; None: not known."""
+        kernel = self.kernel[...]
+        return first_reads(rows, kernel, adapters, segments, part_sizes=part_sizes, budget=budget)
 
 
 def matmul(x: Float[Array, "M K"], y: Float[Array, "K N"]) -> Float[Array, "M N"]:

@@ -27,12 +27,17 @@ def add(x: Float[Array, "T D"], y: Float[Array, "T D"]) -> Float[Array, "T D"]:
 
 def add_norm(
     x: Float[Array, "T D"],
-    y: Float[Array, "T D"],
+    y: Float[Array, "*parts T D"],
     weight: Float[Array, "... D"],
     *,
     eps: float,
     plus_one: bool,
 ) -> tuple[Float[Array, "T D"], Float[Array, "T D"]]:
     """See `kernels_pallas.add_norm`."""
-    total = add(x, y)
+    if y.ndim == 3:
+        y = y.astype(jnp.float32).sum(0)
+        x, dtype = x.astype(jnp.float32), x.dtype
+        total = jax.lax.optimization_barrier((x + y).astype(dtype))
+    else:
+        total = add(x, y)
     return total, rms_norm(total, weight, eps, plus_one)

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 from kernels_pallas.hardware import is_hopper, say_once
 from kernels_pallas.lora_matmul import reference, xla
 from kernels_pallas.lora_matmul.types import PAGE, ActivePages, RankPool, Segments
+from kernels_pallas.prefetch import Prefetch
 
 IMPLEMENTATIONS = ("reference", "xla", "hopper")
 FUSED_ROWS = 8192
@@ -45,38 +46,90 @@ def lora_matmul(
     bias: Float[Array, " N"] | None = None,
     implementation: str | None = None,
     out_dtype: jax.typing.DTypeLike | None = None,
-) -> Float[Array, "T N"]:
-    """`x @ w + bias` plus the LoRA part. Without pool or segments: the base matmul alone."""
+    summed: bool = True,
+) -> Float[Array, "*parts T N"]:
+    """`x @ w + bias` plus the LoRA part. Without pool or segments: the base matmul alone.
+
+    `summed` false: the result has an axis of parts before the others, one or more in float32 (or
+    one in `out_dtype`), for a reader that sums them on its way, such as `add_norm`.
+    """
     if w.shape != (x.shape[1], sum(part_sizes)):
         raise ValueError(
             f"w has shape {w.shape}, expected (K, sum(part_sizes)) = "
             f"{(x.shape[1], sum(part_sizes))} for x {x.shape} and part_sizes {part_sizes}"
         )
-    if pool is None or segments is None:
+    if pool is not None and segments is not None:
+        _check(x, pool, segments, part_sizes)
+    else:
+        pool = segments = None
+    wide = bias is not None or jnp.dtype(out_dtype or x.dtype) != x.dtype
+    y = _fused(x, w, pool, segments, part_sizes, implementation, wide)
+    if y is None and pool is not None and segments is not None:
+        y = _module(implementation).matmul(x, w, pool, segments, part_sizes=part_sizes)
+    elif y is None:
         module = _module(None if implementation == "hopper" else implementation)
         y = module.base_matmul(x, w, jnp.float32 if bias is not None else out_dtype or x.dtype)
+    elif len(y) > 1 and not summed and bias is None:
+        return y
     else:
-        _check(x, pool, segments, part_sizes)
-        y = _fused(x, w, pool, segments, part_sizes, implementation)
-        if y is None:
-            y = _module(implementation).matmul(x, w, pool, segments, part_sizes=part_sizes)
+        y = y[0] if len(y) == 1 else y.sum(0)
     if bias is not None:
         y = y + bias.astype(y.dtype)
-    return y.astype(out_dtype or x.dtype)
+    y = y.astype(out_dtype or x.dtype)
+    return y if summed else y[None]
+
+
+def first_reads(
+    rows: int,
+    w: Float[Array, "K N"],
+    pool: RankPool | ActivePages | None = None,
+    segments: Segments | None = None,
+    *,
+    part_sizes: tuple[int, ...],
+    budget: int,
+) -> Prefetch | None:
+    """What `lora_matmul` of `rows` rows with these arguments reads first: `budget` bytes of w, and A
+    of the active pages. None where that is not known, or not worth it."""
+    fits = isinstance(pool, RankPool) and pool.b.shape[1] == PAGE
+    half = w.dtype in (jnp.bfloat16, jnp.float16)
+    if (pool is not None and not fits) or not (budget and half and is_hopper("lora_matmul")):
+        return None
+    from kernels_pallas.lora_matmul import hopper  # imports Mosaic GPU: only where it is used
+
+    if rows > hopper.NARROW_ROWS or (pool is None and rows > hopper.BASE_ROWS):
+        return None
+    assert not isinstance(pool, ActivePages)
+    try:
+        return hopper.first_reads(rows, w, pool, segments, part_sizes=part_sizes, budget=budget)
+    except NotImplementedError:
+        return None
 
 
 def _fused(
     x: jax.Array,
     w: jax.Array,
-    pool: RankPool | ActivePages,
-    segments: Segments,
+    pool: RankPool | ActivePages | None,
+    segments: Segments | None,
     part_sizes: tuple[int, ...],
     implementation: str | None,
+    wide: bool,
 ) -> jax.Array | None:
-    """The fused kernel's result; None where another implementation is to be taken."""
+    """The fused kernel's parts of the result; None where another implementation is to be taken.
+    `wide`: more is wanted of the base product than x's type."""
     automatic = implementation is None
     if implementation not in (None, "hopper"):
         return None
+    if pool is None or segments is None:
+        if not automatic or wide or not is_hopper("lora_matmul"):
+            return None
+        from kernels_pallas.lora_matmul import hopper  # imports Mosaic GPU: only where it is used
+
+        try:
+            if x.shape[0] > hopper.BASE_ROWS:
+                return None
+            return hopper.base_matmul(x, w, part_sizes=part_sizes)
+        except NotImplementedError:
+            return None  # XLA's is as fast
     if automatic and (not is_hopper("lora_matmul") or x.shape[0] > FUSED_ROWS):
         return None
     if not isinstance(pool, RankPool):

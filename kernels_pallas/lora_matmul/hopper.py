@@ -7,6 +7,7 @@ but a few more K steps of the base GEMM, [x | u] @ [w ; B], taken before the las
 that nothing waits for them. No shape depends on how many pages are active.
 """
 
+import dataclasses
 from functools import partial
 from typing import Any
 
@@ -18,9 +19,13 @@ from kernels_pallas.lora_matmul import hopper_wide, hopper_wide_tuning, xla
 from kernels_pallas.lora_matmul.hopper_kernel import Kernel
 from kernels_pallas.lora_matmul.hopper_tuning import Tuning, tuning
 from kernels_pallas.lora_matmul.types import RankPool, Segments
+from kernels_pallas.prefetch import ROWS, Prefetch
 
 NARROW_ROWS = 128
 """With more, hopper_wide serves: from there on it is faster."""
+
+BASE_ROWS = 64
+"""With more, XLA's matmuls without LoRA are faster, prefetched or not."""
 
 
 def matmul(
@@ -33,18 +38,13 @@ def matmul(
     config: Tuning | hopper_wide_tuning.Tuning | None = None,
     sms: int | None = None,
     interpret: bool = False,
-) -> Float[Array, "T N"]:
-    """`x @ w` plus the delta in x's dtype, or in float32 where K was split.
+) -> Float[Array, "parts T N"]:
+    """`x @ w` plus the delta in x's dtype; where K was split, parts in float32 that are to be summed.
 
     Calls that share `segments` must depend on one another, as the projections of a decoder do:
     they share two counters, which every call leaves at zero.
     """
-    if x.dtype != w.dtype or x.dtype != pool.a.dtype or x.dtype not in (jnp.bfloat16, jnp.float16):
-        raise NotImplementedError(
-            f"x {x.dtype}, w {w.dtype}, pool {pool.a.dtype}: all must be bfloat16 or float16"
-        )
-    if not interpret and jax.__version_info__ < (0, 11):
-        raise NotImplementedError(f"the kernel needs jax 0.11, this is {jax.__version__}")
+    _refuse(x, w, pool, interpret)
     sms = sms or _device_sms()
     rows = _padded(x.shape[0])
     tiles = tuning if rows <= NARROW_ROWS else hopper_wide_tuning.tuning
@@ -52,9 +52,60 @@ def matmul(
     return _matmul(part_sizes, config, sms, interpret, x, w, pool, segments)
 
 
+def base_matmul(
+    x: Float[Array, "T K"],
+    w: Float[Array, "K N"],
+    *,
+    part_sizes: tuple[int, ...],
+    config: Tuning | None = None,
+    sms: int | None = None,
+    interpret: bool = False,
+) -> Float[Array, "parts T N"]:
+    """`x @ w` alone, as `matmul` gives it: the same launch without a shrink. XLA's matmuls are as
+    fast, but what they read first is not known, so nothing could be prefetched for them."""
+    _refuse(x, w, None, interpret)
+    if x.shape[0] > NARROW_ROWS:
+        raise NotImplementedError(f"{x.shape[0]} rows: up to {NARROW_ROWS} are supported")
+    sms = sms or _device_sms()
+    config = config or tuning(_padded(x.shape[0]), x.shape[1], part_sizes, sms)
+    return _base_matmul(part_sizes, config, sms, interpret, x, w)
+
+
+def first_reads(
+    rows: int,
+    w: Float[Array, "K N"],
+    pool: RankPool | None,
+    segments: Segments | None,
+    *,
+    part_sizes: tuple[int, ...],
+    budget: int,
+) -> Prefetch:
+    """What the launch for these arguments reads first, `budget` bytes of w and all of A."""
+    config = tuning(_padded(rows), w.shape[0], part_sizes, _device_sms())
+    depth = budget // (config.split * w.shape[1] * w.dtype.itemsize)
+    own = w.shape[0] // config.split
+    depth = max(ROWS, min(depth, own) // ROWS * ROWS)
+    ahead = Prefetch(w=w, splits=config.split, depth=depth)
+    if pool is None or segments is None:
+        return ahead
+    pages, count, *_ = _meta(segments, _padded(rows))
+    return dataclasses.replace(ahead, a=pool.a, pages=pages, count=count)
+
+
 def worth_it(x: jax.Array, part_sizes: tuple[int, ...]) -> bool:
     """Whether the kernel is faster than XLA for these shapes, as far as it was measured."""
     return hopper_wide_tuning.worth_it(x.shape[0], part_sizes, _device_sms())
+
+
+def _refuse(x: jax.Array, w: jax.Array, pool: RankPool | None, interpret: bool) -> None:
+    kinds = {x.dtype, w.dtype} | (set() if pool is None else {pool.a.dtype})
+    if len(kinds) > 1 or x.dtype not in (jnp.bfloat16, jnp.float16):
+        pages = "" if pool is None else f", pool {pool.a.dtype}"
+        raise NotImplementedError(
+            f"x {x.dtype}, w {w.dtype}{pages}: all must be bfloat16 or float16"
+        )
+    if not interpret and jax.__version_info__ < (0, 11):
+        raise NotImplementedError(f"the kernel needs jax 0.11, this is {jax.__version__}")
 
 
 def _padded(rows: int) -> int:
@@ -84,8 +135,7 @@ def _matmul(
         jnp.pad(x, ((0, padded - rows), (0, 0))), w, pool.a, pool.b, *meta,
         part_sizes=part_sizes, t=config, sms=sms, interpret=interpret,
     )  # fmt: skip
-    y = y[0] if config.split == 1 else y.sum(0)
-    return y[:rows]
+    return y[:, :rows]
 
 
 def _matmul_forward(
@@ -99,6 +149,7 @@ def _matmul_backward(
 ) -> tuple[Any, ...]:
     """Gradients of x, w, A and B by XLA: training batches are large, where its matmuls win."""
     x, w, pool, segments = saved
+    dy = dy[0]  # parts are only ever summed: all have the same
 
     def plain(x: jax.Array, w: jax.Array, pool: RankPool) -> jax.Array:
         delta = xla.lora_delta(x, pool, segments, part_sizes=part_sizes)
@@ -108,6 +159,39 @@ def _matmul_backward(
 
 
 _matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def _base_matmul(
+    part_sizes: tuple[int, ...],
+    config: Tuning,
+    sms: int,
+    interpret: bool,
+    x: jax.Array,
+    w: jax.Array,
+) -> jax.Array:
+    rows = x.shape[0]
+    x = jnp.pad(x, ((0, _padded(rows) - rows), (0, 0)))
+    y = _launch_base(x, w, part_sizes=part_sizes, t=config, sms=sms, interpret=interpret)
+    return y[:, :rows]
+
+
+def _base_forward(
+    part_sizes: tuple[int, ...], config: Tuning, sms: int, interpret: bool, *args: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    return _base_matmul(part_sizes, config, sms, interpret, *args), args
+
+
+def _base_backward(
+    part_sizes: tuple[int, ...], config: Tuning, sms: int, interpret: bool, saved: Any, dy: Any
+) -> tuple[jax.Array, ...]:
+    def plain(x: jax.Array, w: jax.Array) -> jax.Array:
+        return xla.base_matmul(x, w).astype(dy.dtype)
+
+    return jax.vjp(plain, *saved)[1](dy[0])
+
+
+_base_matmul.defvjp(_base_forward, _base_backward)
 
 
 def _device_sms() -> int:
@@ -130,6 +214,23 @@ def _meta(segments: Segments, rows: int) -> tuple[jax.Array, ...]:
     # Zeros that XLA cannot fold into a constant: the kernel writes them (and puts them back).
     sync = jnp.minimum(jnp.broadcast_to(count, (16,)), 0)
     return pages, count, mask, sync
+
+
+@partial(jax.jit, static_argnames=("part_sizes", "t", "sms", "interpret"))
+def _launch_base(
+    x: Float[Array, "T K"],
+    w: Float[Array, "K N"],
+    *,
+    part_sizes: tuple[int, ...],
+    t: Tuning,
+    sms: int,
+    interpret: bool,
+) -> Float[Array, "split T N"]:
+    k = Kernel(
+        rows=x.shape[0], width=x.shape[1], part_sizes=part_sizes, pages=0, t=t, sms=sms,
+        dtype=jnp.dtype(x.dtype),
+    )  # fmt: skip
+    return k.call("multiply", k.out_types()[:1], (x, w), interpret)[0]
 
 
 @partial(jax.jit, static_argnames=("part_sizes", "t", "sms", "interpret"))

@@ -26,6 +26,7 @@ class Kernel:
     width: int
     part_sizes: tuple[int, ...]
     pages: int
+    """Most active rank pages; 0: the product alone."""
     t: Tuning
     sms: int
     dtype: Any
@@ -84,31 +85,34 @@ class Kernel:
         swizzled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
         out_cols = 128 // self.out_dtype.itemsize
         out_swizzled = (plgpu.TilingTransform((8, out_cols)), plgpu.SwizzleTransform(128))
+        tile = partial(plgpu.SMEM, dtype=self.dtype, transforms=swizzled)
+        full = partial(plgpu.Barrier, num_barriers=t.stages)
         scratch = [
             # x tiles lie one after another and are read 64 rows at a time: rows beyond the
             # tile's own are another tile's, and their results are never stored.
-            plgpu.SMEM((t.stages * self.block + over, t.bk), self.dtype, transforms=swizzled),
-            plgpu.SMEM((t.stages, t.bk, t.bn), self.dtype, transforms=swizzled),
+            tile((t.stages * self.block + over, t.bk)),
+            tile((t.stages, t.bk, t.bn)),
             plgpu.SMEM(
                 (self.wgs, min(2, t.bn // 64), 64, 64), self.out_dtype, transforms=out_swizzled
             ),
-            plgpu.SMEM((t.shrink_stages * self.block + over, 64), self.dtype, transforms=swizzled),
-            plgpu.SMEM(
-                (t.shrink_stages, t.group * self.parts * PAGE, 64), self.dtype, transforms=swizzled
-            ),
-            plgpu.SMEM((self.store_rows, PAGE), self.dtype),
-            plgpu.Barrier(num_arrivals=2, num_barriers=t.stages),
-            plgpu.Barrier(num_arrivals=1 + self.chunk, num_barriers=t.stages),
-            plgpu.Barrier(num_arrivals=self.wgs, num_barriers=t.stages),
-            plgpu.Barrier(num_arrivals=1 + t.group, num_barriers=t.shrink_stages),
+            full(num_arrivals=2),
+            full(num_arrivals=self.wgs),
         ]
+        if self.pages:
+            scratch += [
+                full(num_arrivals=1 + self.chunk),
+                tile((t.shrink_stages * self.block + over, 64)),
+                tile((t.shrink_stages, t.group * self.parts * PAGE, 64)),
+                plgpu.SMEM((self.store_rows, PAGE), self.dtype),
+                plgpu.Barrier(num_arrivals=1 + t.group, num_barriers=t.shrink_stages),
+            ]
         extra: dict[str, Any] = {"interpret": interpreter()} if interpret else {}
         kernel = plgpu.kernel(
             partial(self.body, phase),
             out_type=out,
             grid=(self.sms,),
             grid_names=("sm",),
-            num_threads=self.wgs + 2,
+            num_threads=self.wgs + (2 if self.pages else 1),
             thread_name="wg",
             scratch_types=scratch,
             compiler_params=plgpu.CompilerParams(),
@@ -117,7 +121,19 @@ class Kernel:
         return kernel(*args)
 
     def body(self, phase: str, *refs: Any) -> None:
-        """What every warpgroup of every block runs. `phase`: "all", or one of three launches."""
+        """What every warpgroup of every block runs. `phase`: "all", or one of three launches. Without
+        rank pages: "multiply" alone."""
+        wg = lax.axis_index("wg")
+        if not self.pages:
+            x, w, y, xs, ws, ys, full, empty = refs
+            ring = Ring(self.t.stages, self.block, xs, ws, full, full, empty)
+
+            @pl.when(wg == self.wgs)
+            def _() -> None:
+                self.produce(ring, x, w, None, None, None, jnp.int32(0), None)
+
+            pl.when(wg < self.wgs)(partial(self.multiply, ring, y, ys, jnp.int32(0)))
+            return
         x, w, a, b, pages, count, mask, sync = refs[:8]
         rest, scratch = refs[8:-10], refs[-10:]
         y, u, p = {
@@ -126,9 +142,9 @@ class Kernel:
             "sum": lambda: (None, rest[1], rest[0]),
             "multiply": lambda: (rest[1], rest[0], None),
         }[phase]()
-        xs, ws, ys, sx, sa, us, full, full_expand, empty, full_shrink = scratch
+        xs, ws, ys, full, empty, full_expand, sx, sa, us, full_shrink = scratch
         counters = Counters(sync, self.sms) if phase == "all" else None
-        active, wg = count[0], lax.axis_index("wg")
+        active = count[0]
         ring = Ring(self.t.stages, self.block, xs, ws, full, full_expand, empty)
 
         # Registers: warpgroups share 64 K of them, the multiplying ones hold the accumulators.
@@ -224,7 +240,8 @@ class Kernel:
                 return n + 1
 
             n = lax.fori_loop(0, self._steps - t.tail, load_base, n)
-            n = lax.fori_loop(0, self._expands(active, s), load_expand, n)
+            if self.pages:
+                n = lax.fori_loop(0, self._expands(active, s), load_expand, n)
             return lax.fori_loop(self._steps - t.tail, self._steps, load_base, n)
 
         n = lax.fori_loop(0, self._tiles_of_block(), tile, jnp.int32(0))
@@ -241,7 +258,8 @@ class Kernel:
 
             def accumulate(acc: Any) -> tuple[jax.Array, jax.Array]:
                 k = ring.consume(acc, wg, ring.full, self._steps - t.tail, n)
-                k = ring.consume(acc, wg, ring.full_expand, self._expands(active, s), k)
+                if self.pages:
+                    k = ring.consume(acc, wg, ring.full_expand, self._expands(active, s), k)
                 k = ring.consume(acc, wg, ring.full, t.tail, k)
                 return acc[...], k
 

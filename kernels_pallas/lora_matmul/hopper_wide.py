@@ -32,7 +32,7 @@ def matmul(
     config: Tuning,
     sms: int,
     interpret: bool = False,
-) -> Float[Array, "T N"]:
+) -> Float[Array, "parts T N"]:
     """See hopper.matmul."""
     rows, block = x.shape[0], BM * config.cluster
     padded = -(-rows // block) * block
@@ -44,8 +44,7 @@ def matmul(
     y = _launch(
         x, w, pool.a, pool.b, *lists, part_sizes=part_sizes, t=config, sms=sms, interpret=interpret
     )
-    y = y[0] if config.split == 1 else y.sum(0)
-    return y[:rows]
+    return y[:, :rows]
 
 
 def page_lists(segments: Segments, rows: int, block: int) -> Lists:

@@ -55,6 +55,21 @@ def test_the_kernel_adds_exactly_and_normalises_as_float64(width, plus_one):
     assert distance(normed, want) < testing.tolerance(jnp.dtype(jnp.bfloat16)) / 2
 
 
+@interpreted
+@pytest.mark.parametrize("parts", [1, 2, 4])
+def test_parts_of_a_sum_are_added_before_anything_is_rounded(parts):
+    x, _, weight = inputs(3, 256, jnp.bfloat16)
+    y = jnp.asarray(RNG.normal(size=(parts, 3, 256)), jnp.float32)
+    want = (x.astype(jnp.float32) + y.sum(0)).astype(jnp.bfloat16)
+    _, normed_want = exact(want, jnp.zeros_like(want), weight, eps=1e-3, plus_one=False)
+    for total, normed in (
+        hopper.add_norm(x, y, weight, eps=1e-3, plus_one=False, interpret=True),
+        add_norm(x, y, weight, eps=1e-3, implementation="xla"),
+    ):
+        np.testing.assert_array_equal(total, want)
+        assert distance(normed, normed_want) < testing.tolerance(jnp.dtype(jnp.bfloat16)) / 2
+
+
 @pytest.mark.parametrize(
     ("width", "dtype", "rows", "said"),
     [

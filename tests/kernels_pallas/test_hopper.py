@@ -4,6 +4,8 @@ The interpreter has no grid-wide counters: it runs the kernel's three phases as 
 tests/gpu runs the one launch. jax 0.10, where the kernel is refused, cannot interpret it either.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -58,8 +60,39 @@ def test_interpreted_kernel_matches_float64(
         x, w, pool, segs, part_sizes=parts, config=config, sms=BLOCKS, interpret=True
     )
     base, delta = testing.exact(x, w, pool, segs, parts)
-    got = np.asarray(out.astype(jnp.float32))
+    got = np.asarray(out.astype(jnp.float32).sum(0))
     assert testing.delta_error(got, base, delta) < testing.tolerance(jnp.dtype("bfloat16"))
+
+
+@interpreted
+@pytest.mark.parametrize("split", [1, 2])
+def test_interpreted_base_product_matches_float64(split: int) -> None:
+    x, w, _, _, parts = case("gate_up", testing.pattern("base", 13))
+    config = dataclasses.replace(SMALL, split=split)
+    out = hopper.base_matmul(x, w, part_sizes=parts, config=config, sms=BLOCKS, interpret=True)
+    assert out.shape == (split, 13, sum(parts))
+    assert out.dtype == (jnp.bfloat16 if split == 1 else jnp.float32)
+    exact = np.asarray(x, np.float64) @ np.asarray(w, np.float64)
+    got = np.asarray(out.astype(jnp.float32).sum(0))
+    assert np.linalg.norm(got - exact) < 4e-3 * np.linalg.norm(exact)
+
+
+def test_gradients_of_the_base_product_are_those_of_xla(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, w, _, _, parts = case("o", testing.pattern("base", 8))
+
+    def fused(x: jax.Array, w: jax.Array) -> jax.Array:
+        own = {"part_sizes": parts, "config": SMALL, "sms": BLOCKS, "interpret": True}
+        return hopper.base_matmul(x, w, **own).sum(0)
+
+    monkeypatch.setattr(
+        hopper, "_launch_base", lambda x, w, **_: jnp.zeros((1, len(x), w.shape[1]), x.dtype)
+    )
+    dy = jnp.ones((8, sum(parts)), jnp.bfloat16)
+    for got, want in zip(
+        jax.vjp(fused, x, w)[1](dy), jax.vjp(lambda x, w: x @ w, x, w)[1](dy), strict=True
+    ):
+        got, want = np.asarray(got, np.float32), np.asarray(want, np.float32)
+        assert np.linalg.norm(got - want) < 1e-2 * np.linalg.norm(want)
 
 
 @interpreted
@@ -71,7 +104,7 @@ def test_interpreted_kernel_takes_many_row_blocks() -> None:
         x, w, pool, segs, part_sizes=parts, config=SMALL, sms=BLOCKS, interpret=True
     )
     base, delta = testing.exact(x, w, pool, segs, parts)
-    got = np.asarray(out.astype(jnp.float32))
+    got = np.asarray(out.astype(jnp.float32).sum(0))
     assert testing.delta_error(got, base, delta) < testing.tolerance(jnp.dtype("bfloat16"))
 
 
@@ -86,7 +119,7 @@ def test_gradients_of_the_fused_matmul_are_those_of_xla(monkeypatch: pytest.Monk
     def fused(x: jax.Array, w: jax.Array, pool: RankPool) -> jax.Array:
         return hopper.matmul(
             x, w, pool, segs, part_sizes=parts, config=SMALL, sms=BLOCKS, interpret=True
-        )
+        ).sum(0)
 
     # Only the backward pass is under test: the forward pass has tests of its own.
     monkeypatch.setattr(

@@ -1,0 +1,235 @@
+"""How long a compiled decode step takes by itself, and what loading weights ahead brings (LOG, README).
+
+`python experiments/012_step_time/run.py [--rows 32 --adapters 0 1 8 32]`: dummy weights of a named
+shape, one program for each variant, rows and LoRA; variants take turns. Last line: one JSON document.
+"""
+
+import argparse
+import dataclasses
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jlora import ops
+from jlora.adapters.pool import RankPages
+from jlora.batch import empty, pack
+from jlora.benchmark.shapes import shape_config
+from jlora.engine import sampler
+from jlora.engine.flat_model import FlatModel
+from jlora.engine.steps import KV_AXES, Adapters, Steps
+from jlora.models.weights import abstract_decoder, dummy_weights
+from jlora.shape import Shape
+from jlora.sharding import Layout, make_mesh, sharding
+from kernels_pallas.lora_matmul import RankPool, hopper
+
+PAGE, RANK_PAGE = 16, 16
+DEVICES = {"NVIDIA H100 80GB HBM3": 3.1e12, "NVIDIA H200": 4.3e12}
+"""Read bandwidth, bytes a second, measured."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Variant:
+    """What a step is compiled with."""
+
+    name: str
+    small: int
+    """MiB that are loaded ahead behind a small launch; 0: none."""
+    attention: int
+    base_rows: int
+    """Most rows of a base product of our own."""
+
+    @classmethod
+    def parse(cls, text: str) -> "Variant":
+        """SMALL:ATTENTION[:xla]."""
+        small, attention, *rest = text.split(":")
+        rows = 0 if rest == ["xla"] else hopper.BASE_ROWS
+        return cls(name=text, small=int(small), attention=int(attention), base_rows=rows)
+
+    @contextmanager
+    def chosen(self) -> Iterator[None]:
+        """Traces in the body know this variant."""
+        before = ops.BEHIND_SMALL, ops.BEHIND_ATTENTION, hopper.BASE_ROWS
+        ops.BEHIND_SMALL, ops.BEHIND_ATTENTION = self.small << 20, self.attention << 20
+        hopper.BASE_ROWS = self.base_rows
+        jax.clear_caches()
+        try:
+            yield
+        finally:
+            ops.BEHIND_SMALL, ops.BEHIND_ATTENTION, hopper.BASE_ROWS = before
+
+
+class Machine:
+    """Weights, K/V and rank pages on the device, and what runs on them."""
+
+    def __init__(self, name: str, most_rows: int, contexts: list[int], adapters: int):
+        cfg = shape_config(name)
+        self.table = -(-(max(contexts) + 1) // PAGE)
+        self.mesh, self.layout = make_mesh(1), Layout(cfg, 1)
+        dtype = np.dtype(jnp.bfloat16)
+        abstract = abstract_decoder(self.layout, dtype, copy_head=False)
+        self.flat = FlatModel(abstract, self.mesh)
+        model = dummy_weights(self.layout, self.mesh, dtype, 0, copy_head=False)
+        self.weights = self.flat.leaves(model)
+        self.steps = Steps(self.flat, cfg, self.mesh, split=False)
+        pages = RankPages(cfg, self.layout, self.mesh, adapters, dtype, RANK_PAGE)
+        self.pools = [
+            {group: _random_pool(pool, 10 * i + j) for j, (group, pool) in enumerate(own.items())}
+            for i, own in enumerate(pages.pools)
+        ]
+        kv = (most_rows * self.table + 1, self.layout.kv_heads, PAGE, cfg.head_dim)
+        shapes = [(kv, kv)] * cfg.layers
+        zeros = jax.jit(
+            lambda: jax.tree.map(
+                lambda shape: jnp.zeros(shape, dtype), shapes, is_leaf=lambda x: x == kv
+            ),
+            out_shardings=sharding(self.mesh, *KV_AXES),
+        )
+        self.kv = zeros()
+        self.slots = most_rows
+        state = sampler.empty_slots(most_rows, cfg.vocab_rows)
+        self.last = jax.device_put(state.last, sharding(self.mesh))
+        self.weight_bytes = sum(leaf.nbytes for leaf in self.weights) - model.embed[...].nbytes
+        self.adapter_bytes = sum(
+            (pool.a.nbytes + pool.b.nbytes) // pool.a.shape[0]
+            for own in self.pools
+            for pool in own.values()
+        )
+        self.token_bytes = 2 * cfg.layers * self.layout.kv_heads * cfg.head_dim * 2
+
+    def compile(self, variant: Variant, shape: Shape) -> Callable[..., Any]:
+        """The step's program."""
+        specs = jax.tree.map(lambda array: array.sharding.spec, self.pools)
+        adapters = Adapters(abstract=self.pools, specs=specs)
+        if not shape.rank_pages:
+            adapters = Adapters(abstract=None, specs=jax.sharding.PartitionSpec())
+        with variant.chosen():
+            return self.steps.lower(("whole", shape), adapters, self.kv, self.last).compile()
+
+    def batch(self, shape: Shape, context: int, adapters: int) -> np.ndarray:
+        """All rows at position `context`, adapters one after another."""
+        arrays = empty(shape, self.slots - 1)
+        rows = shape.decode
+        arrays["tokens"][:] = np.random.default_rng(0).integers(1, 1000, rows)
+        arrays["positions"][:] = context
+        arrays["slots"][:] = arrays["last"][:] = np.arange(rows)
+        arrays["samples"][:] = 1
+        used = context // PAGE + 1
+        arrays["tables"][:, :used] = 1 + np.arange(rows * used).reshape(rows, used)
+        if adapters:
+            arrays["adapter"][:] = np.sort(np.arange(rows) % adapters)
+            arrays["pages"][:adapters] = 1 + np.arange(adapters)
+            arrays["owner"][:adapters] = np.arange(adapters)
+        return pack(shape, arrays)
+
+    def run(
+        self, step: Callable[..., Any], lora: bool, batch: np.ndarray, steps: int
+    ) -> tuple[float, float, np.ndarray]:
+        """(ms of a step, ms of the host's part, logits)."""
+        pools = self.pools if lora else None
+        begin = time.perf_counter()
+        scores = None
+        for _ in range(steps):
+            self.kv, scores, *_ = step(self.weights, pools, self.kv, self.last, batch)
+        queued = time.perf_counter()
+        jax.block_until_ready(scores)
+        end = time.perf_counter()
+        return (end - begin) / steps * 1e3, (queued - begin) / steps * 1e3, np.asarray(scores)
+
+    def floor_ms(self, rows: int, context: int, adapters: int, bandwidth: float) -> float:
+        """Bytes that a step must read, over the bandwidth."""
+        read = self.weight_bytes + rows * context * self.token_bytes
+        return (read + adapters * self.adapter_bytes) / bandwidth * 1e3
+
+
+def _random_pool(pool: RankPool, seed: int) -> RankPool:
+    @jax.jit
+    def make(key: jax.Array) -> RankPool:
+        a, b = (
+            (jax.random.normal(k, x.shape, jnp.float32) * 0.01).astype(x.dtype).at[0].set(0)
+            for k, x in zip(jax.random.split(key), (pool.a, pool.b), strict=True)
+        )
+        return RankPool(a=a, b=b)
+
+    place = RankPool(a=pool.a.sharding, b=pool.b.sharding)  # type: ignore[arg-type]
+    return jax.device_put(make(jax.random.key(seed)), place)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shape", default="llama-3.1-8b")
+    parser.add_argument("--rows", type=int, nargs="+", default=[8, 32, 64])
+    parser.add_argument("--contexts", type=int, nargs="+", default=[160])
+    parser.add_argument("--adapters", type=int, nargs="+", default=[0, 1, 8, 32])
+    default = f"{ops.BEHIND_SMALL >> 20}:{ops.BEHIND_ATTENTION >> 20}"
+    parser.add_argument(
+        "--variants", nargs="+", default=["0:0:xla", "0:0", default],
+        help="MiB loaded ahead behind a small launch : behind attention, :xla for XLA's base products",
+    )  # fmt: skip
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--repeats", type=int, default=5)
+    args = parser.parse_args()
+    variants = [Variant.parse(text) for text in args.variants]
+    machine = Machine(args.shape, max(args.rows), args.contexts, max(*args.adapters, 1))
+    kind = jax.devices()[0].device_kind
+    results = []
+    for rows in args.rows:
+        for lora in (False, True):
+            counts = [n for n in args.adapters if bool(n) == lora and n <= rows]
+            if not counts:
+                continue
+            shape = Shape(
+                decode=rows, prefill=0, rank_pages=max(counts), block=64, table=machine.table
+            )
+            begin = time.perf_counter()
+            programs = {v.name: machine.compile(v, shape) for v in variants}
+            print(f"compiled {len(programs)} in {time.perf_counter() - begin:.0f} s", flush=True)
+            for count in counts:
+                for context in args.contexts:
+                    batch = machine.batch(shape, context, count)
+                    floor = machine.floor_ms(rows, context, count, DEVICES.get(kind, 1e11))
+                    times = {v.name: ([], []) for v in variants}
+                    logits: dict[str, np.ndarray] = {}
+                    for turn in range(args.repeats + 1):
+                        for name, program in programs.items():
+                            took, host, logits[name] = machine.run(program, lora, batch, args.steps)
+                            if turn:  # the first warms up
+                                times[name][0].append(took)
+                                times[name][1].append(host)
+                    reference = logits[variants[0].name]
+                    for name, (took, host) in times.items():
+                        off = np.abs(logits[name] - reference).max() / np.abs(reference).max()
+                        row = {
+                            "variant": name, "rows": rows, "context": context, "adapters": count,
+                            "ms": round(statistics.median(took), 4),
+                            "spread": round((max(took) - min(took)) / 2 / statistics.median(took), 4),
+                            "host_ms": round(statistics.median(host), 3),
+                            "floor_ms": round(floor, 3), "logits_differ": float(off),
+                        }  # fmt: skip
+                        results.append(row)
+                        print(
+                            f"rows {rows:4d} context {context:5d} adapters {count:3d}  {name:12s} "
+                            f"{row['ms']:.3f} ms (±{row['spread']:.1%})  host {row['host_ms']:.2f}  "
+                            f"floor {floor:.2f} ({floor / row['ms']:.2f})  logits {off:.1e}",
+                            flush=True,
+                        )
+    git = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True
+    )
+    about = {"device": kind, "jax": jax.__version__, "python": platform.python_version()}
+    about |= {"commit": git.stdout.strip() or None, "command": " ".join(sys.argv)}
+    print(json.dumps({**about, "results": results}))
+
+
+if __name__ == "__main__":
+    main()
