@@ -20,18 +20,11 @@ from kernels_pallas.lora_matmul import (
     lora_epilogue,
 )
 from kernels_pallas.paged_attention import paged_attention
-from kernels_pallas.prefetch import Prefetch as Prefetch
 from kernels_pallas.rope_write import Norms as Norms
 from kernels_pallas.rope_write import rope_write
 
 KV = tuple[Float[Array, "P K page H"], Float[Array, "P K page H"]]
 """One layer's keys and values."""
-
-BEHIND_SMALL = 12 << 20
-"""Bytes of a weight that are loaded into L2 while a launch of two microseconds runs."""
-
-BEHIND_ATTENTION = 32 << 20
-"""The same while decode rows attend."""
 
 
 def softcap(x: Array, cap: float | None) -> Array:
@@ -90,12 +83,11 @@ def attention(
     window: int | None,
     scale: float | None = None,
     cap: float | None = None,
-    prefetch: Prefetch | None = None,
 ) -> tuple[Float[Array, "T N H"], KV]:
     """Rotates q and k by `turn` (cos and sin), stores the step's K/V in their pages, then attends over
     each row's whole context.
 
-    `scale`: factor on the scores, None: H ** -0.5; `cap`: their softcap; `prefetch`: what is read next.
+    `scale`: factor on the scores, None: H ** -0.5; `cap`: their softcap.
     """
     page_size, width = kv[0].shape[2:]
     pages, offsets = kv_place(batch, page_size, decode, block)
@@ -112,7 +104,6 @@ def attention(
         scale=width**-0.5 if scale is None else scale,
         window=window,
         softcap=cap,
-        prefetch=prefetch,
     )
     return out, (keys, values)
 

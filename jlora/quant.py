@@ -5,14 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from kernels_pallas.lora_matmul import (
-    ActivePages,
-    RankPool,
-    Segments,
-    first_reads,
-    lora_matmul,
-)
-from kernels_pallas.prefetch import Prefetch
+from kernels_pallas.lora_matmul import ActivePages, RankPool, Segments, lora_matmul
 
 
 class Dense(nnx.Module):
@@ -42,18 +35,6 @@ class Dense(nnx.Module):
             out_dtype=out_dtype,
             summed=summed,
         )
-
-    def first_reads(
-        self,
-        rows: int,
-        adapters: RankPool | ActivePages | None,
-        segments: Segments,
-        part_sizes: tuple[int, ...],
-        budget: int,
-    ) -> Prefetch | None:
-        """What `matmul` with so many rows reads first, `budget` bytes of the weight; None: not known."""
-        kernel = self.kernel[...]
-        return first_reads(rows, kernel, adapters, segments, part_sizes=part_sizes, budget=budget)
 
 
 def matmul(x: Float[Array, "M K"], y: Float[Array, "K N"]) -> Float[Array, "M N"]:

@@ -1,7 +1,7 @@
-"""How long a compiled decode step takes by itself, and what loading weights ahead brings (LOG, README).
+"""How long a compiled decode step takes by itself: no scheduler, no sampler, no server.
 
 `python experiments/012_step_time/run.py [--rows 32 --adapters 0 1 8 32]`: dummy weights of a named
-shape, one program for each variant, rows and LoRA; variants take turns. Last line: one JSON document.
+shape. All cases of a round run one after the other. Last line: one JSON document.
 """
 
 import argparse
@@ -21,7 +21,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora import ops
 from jlora.adapters.pool import RankPages
 from jlora.batch import empty, pack
 from jlora.benchmark.shapes import shape_config
@@ -38,35 +37,16 @@ DEVICES = {"NVIDIA H100 80GB HBM3": 3.1e12, "NVIDIA H200": 4.3e12}
 """Read bandwidth, bytes a second, measured."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Variant:
-    """What a step is compiled with."""
-
-    name: str
-    small: int
-    """MiB that are loaded ahead behind a small launch; 0: none."""
-    attention: int
-    base_rows: int
-    """Most rows of a base product of our own."""
-
-    @classmethod
-    def parse(cls, text: str) -> "Variant":
-        """SMALL:ATTENTION[:xla]."""
-        small, attention, *rest = text.split(":")
-        rows = 0 if rest == ["xla"] else hopper.BASE_ROWS
-        return cls(name=text, small=int(small), attention=int(attention), base_rows=rows)
-
-    @contextmanager
-    def chosen(self) -> Iterator[None]:
-        """Traces in the body know this variant."""
-        before = ops.BEHIND_SMALL, ops.BEHIND_ATTENTION, hopper.BASE_ROWS
-        ops.BEHIND_SMALL, ops.BEHIND_ATTENTION = self.small << 20, self.attention << 20
-        hopper.BASE_ROWS = self.base_rows
-        jax.clear_caches()
-        try:
-            yield
-        finally:
-            ops.BEHIND_SMALL, ops.BEHIND_ATTENTION, hopper.BASE_ROWS = before
+@contextmanager
+def base_products(ours: bool) -> Iterator[None]:
+    """Traces in the body take base products of few rows from our kernel, or from XLA."""
+    before = hopper.BASE_ROWS
+    hopper.BASE_ROWS = before if ours else 0
+    jax.clear_caches()
+    try:
+        yield
+    finally:
+        hopper.BASE_ROWS = before
 
 
 class Machine:
@@ -107,14 +87,13 @@ class Machine:
         )
         self.token_bytes = 2 * cfg.layers * self.layout.kv_heads * cfg.head_dim * 2
 
-    def compile(self, variant: Variant, shape: Shape) -> Callable[..., Any]:
+    def compile(self, shape: Shape) -> Callable[..., Any]:
         """The step's program."""
         specs = jax.tree.map(lambda array: array.sharding.spec, self.pools)
         adapters = Adapters(abstract=self.pools, specs=specs)
         if not shape.rank_pages:
             adapters = Adapters(abstract=None, specs=jax.sharding.PartitionSpec())
-        with variant.chosen():
-            return self.steps.lower(("whole", shape), adapters, self.kv, self.last).compile()
+        return self.steps.lower(("whole", shape), adapters, self.kv, self.last).compile()
 
     def batch(self, shape: Shape, context: int, adapters: int) -> np.ndarray:
         """All rows at position `context`, adapters one after another."""
@@ -134,8 +113,8 @@ class Machine:
 
     def run(
         self, step: Callable[..., Any], lora: bool, batch: np.ndarray, steps: int
-    ) -> tuple[float, float, np.ndarray]:
-        """(ms of a step, ms of the host's part, logits)."""
+    ) -> tuple[float, float]:
+        """(ms of a step, ms of the host's part)."""
         pools = self.pools if lora else None
         begin = time.perf_counter()
         scores = None
@@ -144,7 +123,7 @@ class Machine:
         queued = time.perf_counter()
         jax.block_until_ready(scores)
         end = time.perf_counter()
-        return (end - begin) / steps * 1e3, (queued - begin) / steps * 1e3, np.asarray(scores)
+        return (end - begin) / steps * 1e3, (queued - begin) / steps * 1e3
 
     def floor_ms(self, rows: int, context: int, adapters: int, bandwidth: float) -> float:
         """Bytes that a step must read, over the bandwidth."""
@@ -165,64 +144,84 @@ def _random_pool(pool: RankPool, seed: int) -> RankPool:
     return jax.device_put(make(jax.random.key(seed)), place)
 
 
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A step and how many adapters its rows use."""
+
+    adapters: int
+    program: Callable[..., Any]
+    shape: Shape
+    note: str = ""
+
+
+def measure(
+    machine: Machine,
+    cases: list[Case],
+    context: int,
+    args: argparse.Namespace,
+    bandwidth: float | None,
+) -> list[dict[str, Any]]:
+    """Rounds over all cases; a result and a line for each."""
+    batches = [machine.batch(case.shape, context, case.adapters) for case in cases]
+    times: list[list[tuple[float, float]]] = [[] for _ in cases]
+    for turn in range(args.repeats + 1):
+        for case, batch, own in zip(cases, batches, times, strict=True):
+            took = machine.run(case.program, case.shape.rank_pages > 0, batch, args.steps)
+            if turn:  # the first warms up
+                own.append(took)
+    base = next((i for i, case in enumerate(cases) if not case.adapters and not case.note), 0)
+    results = []
+    for case, own in zip(cases, times, strict=True):
+        ms, host = (statistics.median(column) for column in zip(*own, strict=True))
+        ratio = statistics.median(b[0] / o[0] for b, o in zip(times[base], own, strict=True))
+        steps = [took for took, _ in own]
+        rows = case.shape.decode
+        row = {
+            "rows": rows, "context": context, "adapters": case.adapters, "note": case.note.strip(),
+            "ms": round(ms, 4), "spread": round((max(steps) - min(steps)) / 2 / ms, 4),
+            "of_base": round(ratio, 4), "host_ms": round(host, 3),
+        }  # fmt: skip
+        line = f"{rows:4d} rows at {context:5d}, {case.adapters:3d} adapters{case.note:6s}: "
+        line += f"{ms:.3f} ms (±{row['spread']:.1%}), {ratio:.3f} of base, host {host:.2f} ms"
+        if bandwidth:
+            floor = machine.floor_ms(rows, context, case.adapters, bandwidth)
+            row["floor_ms"] = round(floor, 3)
+            line += f", bytes alone {floor:.2f} ms ({floor / ms:.2f})"
+        results.append(row)
+        print(line, flush=True)
+    return results
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shape", default="llama-3.1-8b")
     parser.add_argument("--rows", type=int, nargs="+", default=[8, 32, 64])
     parser.add_argument("--contexts", type=int, nargs="+", default=[160])
     parser.add_argument("--adapters", type=int, nargs="+", default=[0, 1, 8, 32])
-    default = f"{ops.BEHIND_SMALL >> 20}:{ops.BEHIND_ATTENTION >> 20}"
     parser.add_argument(
-        "--variants", nargs="+", default=["0:0:xla", "0:0", default],
-        help="MiB loaded ahead behind a small launch : behind attention, :xla for XLA's base products",
-    )  # fmt: skip
+        "--xla-base", action="store_true", help="steps with XLA's base products, too"
+    )
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
-    variants = [Variant.parse(text) for text in args.variants]
     machine = Machine(args.shape, max(args.rows), args.contexts, max(*args.adapters, 1))
     kind = jax.devices()[0].device_kind
     results = []
     for rows in args.rows:
-        for lora in (False, True):
-            counts = [n for n in args.adapters if bool(n) == lora and n <= rows]
-            if not counts:
-                continue
-            shape = Shape(
-                decode=rows, prefill=0, rank_pages=max(counts), block=64, table=machine.table
-            )
-            begin = time.perf_counter()
-            programs = {v.name: machine.compile(v, shape) for v in variants}
-            print(f"compiled {len(programs)} in {time.perf_counter() - begin:.0f} s", flush=True)
-            for count in counts:
-                for context in args.contexts:
-                    batch = machine.batch(shape, context, count)
-                    floor = machine.floor_ms(rows, context, count, DEVICES.get(kind, 1e11))
-                    times = {v.name: ([], []) for v in variants}
-                    logits: dict[str, np.ndarray] = {}
-                    for turn in range(args.repeats + 1):
-                        for name, program in programs.items():
-                            took, host, logits[name] = machine.run(program, lora, batch, args.steps)
-                            if turn:  # the first warms up
-                                times[name][0].append(took)
-                                times[name][1].append(host)
-                    reference = logits[variants[0].name]
-                    for name, (took, host) in times.items():
-                        off = np.abs(logits[name] - reference).max() / np.abs(reference).max()
-                        row = {
-                            "variant": name, "rows": rows, "context": context, "adapters": count,
-                            "ms": round(statistics.median(took), 4),
-                            "spread": round((max(took) - min(took)) / 2 / statistics.median(took), 4),
-                            "host_ms": round(statistics.median(host), 3),
-                            "floor_ms": round(floor, 3), "logits_differ": float(off),
-                        }  # fmt: skip
-                        results.append(row)
-                        print(
-                            f"rows {rows:4d} context {context:5d} adapters {count:3d}  {name:12s} "
-                            f"{row['ms']:.3f} ms (±{row['spread']:.1%})  host {row['host_ms']:.2f}  "
-                            f"floor {floor:.2f} ({floor / row['ms']:.2f})  logits {off:.1e}",
-                            flush=True,
-                        )
+        shapes = {
+            lora: Shape(decode=rows, prefill=0, rank_pages=most, block=64, table=machine.table)
+            for lora, most in ((False, 0), (True, min(rows, max(args.adapters))))
+        }
+        counts = [n for n in args.adapters if n <= rows]
+        begin = time.perf_counter()
+        programs = {lora: machine.compile(shapes[lora]) for lora in {n > 0 for n in counts}}
+        cases = [Case(n, programs[n > 0], shapes[n > 0]) for n in counts]
+        if args.xla_base:
+            with base_products(ours=False):
+                cases.insert(0, Case(0, machine.compile(shapes[False]), shapes[False], " (XLA)"))
+        print(f"{rows} rows compiled in {time.perf_counter() - begin:.0f} s", flush=True)
+        for context in args.contexts:
+            results += measure(machine, cases, context, args, DEVICES.get(kind))
     git = subprocess.run(
         ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True
     )

@@ -73,17 +73,6 @@ class Linear(nnx.Module):
             y = lora_epilogue(y, own, batch.segments)
         return y if self.bias is None else y + self.bias[...]
 
-    def first_reads(
-        self,
-        rows: int,
-        pools: dict[str, RankPool] | dict[str, ActivePages] | None,
-        batch: Batch,
-        budget: int,
-    ) -> ops.Prefetch | None:
-        """What a call with `rows` rows reads first, for the launch before it."""
-        own = pools.get(self.group) if pools is not None else None
-        return self.weight.first_reads(rows, own, batch.segments, self.parts, budget)
-
 
 class Layer(nnx.Module):
     """Attention and MLP with their norms."""
@@ -169,6 +158,7 @@ def through_layers(
         local_turn = _turn(cfg, cfg.local_rope, batch)
     # Where one launch adds and normalises, a layer's last sum meets the next layer's norm.
     fused = ops.on_gpu() and (pools is None or "norms" not in pools[0])
+    norms = [*(layer.attn_norm for layer in list(model.layers)[1:]), model.norm] if fused else []
     h = _normed(x, model.layers[0].attn_norm, cfg) if fused else None
     out = []
     for index, layer_kv in enumerate(kv):
@@ -177,7 +167,7 @@ def through_layers(
                 model.layers[index],
                 x,
                 h,
-                _next(model, index, pools, batch, x.shape[0]) if fused else None,
+                norms[index][...] if fused else None,
                 turn if cfg.windows[index] is None else local_turn,
                 layer_kv,
                 pools[index] if pools is not None else None,
@@ -186,18 +176,6 @@ def through_layers(
             )
         out.append(layer_kv)
     return x, out
-
-
-def _next(
-    model: Decoder, index: int, pools: Adapters | None, batch: Batch, rows: int
-) -> tuple[Float[Array, " D"], ops.Prefetch | None]:
-    """What follows layer `index`: the weight of a norm, and what is read then."""
-    following = index + 1
-    if following == model.cfg.layers:
-        return model.norm[...], None
-    layer = model.layers[following]
-    own = pools[following] if pools is not None else None
-    return layer.attn_norm[...], layer.qkv.first_reads(rows, own, batch, ops.BEHIND_SMALL)
 
 
 def finish(model: Decoder, own: Ends, batch: Batch, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
@@ -263,15 +241,14 @@ def _layer(
     layer: Layer,
     x: Float[Array, "T D"],
     h: Float[Array, "T D"] | None,
-    following: tuple[Float[Array, " D"], ops.Prefetch | None] | None,
+    next_norm: Float[Array, " D"] | None,
     turn: tuple[Array, Array],
     kv: KV,
     pools: dict[str, RankPool] | dict[str, ActivePages] | None,
     batch: Batch,
     static: _Static,
 ) -> tuple[Float[Array, "T D"], Float[Array, "T D"] | None, KV]:
-    """x after the layer, and if `following` is given x normalised with its weight: the next layer's
-    `h`."""
+    """x after the layer, and if `next_norm` is given x normalised with it: the next layer's `h`."""
     cfg, decode, block, window = static
     dtype = x.dtype
     own_norms = _norm_changes(cfg, pools, batch)
@@ -283,13 +260,9 @@ def _layer(
         change = own_norms.get(name)
         return _changed(getattr(layer, name), None if change is None else change[:, None])
 
-    def add_normed(
-        x: Array, y: Array, weight: Array, ahead: ops.Prefetch | None
-    ) -> tuple[Array, Array]:
-        own = {"eps": cfg.norm_eps, "plus_one": cfg.norm_plus_one}
-        return ops.add_norm(x, y, weight, prefetch=ahead, **own)
+    def add_normed(x: Array, y: Array, weight: Array) -> tuple[Array, Array]:
+        return ops.add_norm(x, y, weight, eps=cfg.norm_eps, plus_one=cfg.norm_plus_one)
 
-    rows = x.shape[0]
     # Where a norm comes before the sum, or no launch does both, the parts of a projection are summed.
     summed = cfg.post_norms or not ops.on_gpu()
 
@@ -303,22 +276,18 @@ def _layer(
         )
     scale, cap = cfg.attention_scale, cfg.attention_softcap
     own = {"decode": decode, "block": block, "window": window, "scale": scale, "cap": cap}
-    ahead = layer.o.first_reads(rows, pools, batch, ops.BEHIND_ATTENTION)
-    out, kv = ops.attention(qkv, turn, kv, batch, norms=norms, prefetch=ahead, **own)
+    out, kv = ops.attention(qkv, turn, kv, batch, norms=norms, **own)
     out = layer.o(out.reshape(out.shape[0], -1), pools, batch, summed=summed)
     if layer.attn_post_norm is not None:
         out = normed(out.astype(dtype), "attn_post_norm")
     mlp_norm = _changed(layer.mlp_norm, own_norms.get("mlp_norm"))
-    ahead = None
-    if layer.gate_up is not None:
-        ahead = layer.gate_up.first_reads(rows, pools, batch, ops.BEHIND_SMALL)
-    x, h = add_normed(x, _narrow(out, dtype), mlp_norm, ahead)
+    x, h = add_normed(x, _narrow(out, dtype), mlp_norm)
     out = _mlp(layer, h, pools, batch, cfg, summed=summed)
     if layer.mlp_post_norm is not None:
         out = normed(out.astype(dtype), "mlp_post_norm")
-    if following is None:
+    if next_norm is None:
         return ops.add(x, out.astype(dtype)), None, kv
-    return *add_normed(x, _narrow(out, dtype), *following), kv
+    return *add_normed(x, _narrow(out, dtype), next_norm), kv
 
 
 def _narrow(out: Float[Array, "*sums T D"], dtype: jnp.dtype) -> Float[Array, "*sums T D"]:
@@ -340,9 +309,8 @@ def _mlp(
         return layer.experts(h, cfg, batch, pools or {})
     assert layer.gate_up is not None
     assert layer.down is not None
-    ahead = layer.down.first_reads(h.shape[0], pools, batch, ops.BEHIND_SMALL)
     both = layer.gate_up(h, pools, batch)
-    h = ops.act_mul(both, activation=cfg.activation, prefetch=ahead).astype(h.dtype)
+    h = ops.act_mul(both, activation=cfg.activation).astype(h.dtype)
     return layer.down(h, pools, batch, summed=summed)
 
 

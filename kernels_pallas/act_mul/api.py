@@ -8,7 +8,6 @@ from jaxtyping import Array, Float
 
 from kernels_pallas.act_mul import xla
 from kernels_pallas.hardware import is_hopper, say_once
-from kernels_pallas.prefetch import Prefetch
 
 IMPLEMENTATIONS = ("xla", "hopper")
 
@@ -17,14 +16,12 @@ def act_mul(
     x: Float[Array, "T twice"],
     *,
     activation: str,
-    prefetch: Prefetch | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "T F"]:
     """activation(x's first half) * its second half, as the package's Semantics say.
 
     Args:
         activation: a name of ACTIVATIONS.
-        prefetch: what is read next.
         implementation: "xla", "hopper" or None (chosen by the platform).
 
     Raises:
@@ -38,7 +35,7 @@ def act_mul(
         from kernels_pallas.act_mul import hopper  # imports Mosaic GPU: only where used
 
         try:
-            return hopper.act_mul(x, activation=activation, prefetch=prefetch)
+            return hopper.act_mul(x, activation=activation)
         except NotImplementedError as reason:
             if implementation is not None:
                 raise

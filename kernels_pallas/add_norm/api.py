@@ -8,7 +8,6 @@ from jaxtyping import Array, Float
 
 from kernels_pallas.add_norm import xla
 from kernels_pallas.hardware import is_hopper, say_once
-from kernels_pallas.prefetch import Prefetch
 
 IMPLEMENTATIONS = ("xla", "hopper")
 
@@ -20,7 +19,6 @@ def add_norm(
     *,
     eps: float,
     plus_one: bool = False,
-    prefetch: Prefetch | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "T D"], Float[Array, "T D"]]:
     """(x + y, its RMSNorm) as the package's Semantics say.
@@ -28,7 +26,6 @@ def add_norm(
     Args:
         y: whole, or parts that are still to be summed.
         weight: one for all rows [D], or one for each [T, D].
-        prefetch: what is read next.
         implementation: "xla", "hopper" or None (chosen by the platform).
 
     Raises:
@@ -42,7 +39,7 @@ def add_norm(
         from kernels_pallas.add_norm import hopper  # imports Mosaic GPU: only where used
 
         try:
-            return hopper.add_norm(x, y, weight, eps=eps, plus_one=plus_one, prefetch=prefetch)
+            return hopper.add_norm(x, y, weight, eps=eps, plus_one=plus_one)
         except NotImplementedError as reason:
             if implementation is not None:
                 raise

@@ -1,6 +1,4 @@
-"""Residual add and RMSNorm for Hopper (Mosaic GPU): a block of 128 threads a row, its numbers in registers.
-
-Blocks beyond the rows load what comes next into L2 (prefetch.py)."""
+"""Residual add and RMSNorm for Hopper (Mosaic GPU): a block of 128 threads a row, its numbers in registers."""
 
 import dataclasses
 from functools import partial
@@ -9,12 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from kernels_pallas.lora_matmul.hopper_sync import interpreter, load
-from kernels_pallas.prefetch import HELPERS, Fetch, Prefetch
 
 THREADS = 128
 MOST = 16384
@@ -28,13 +24,12 @@ def add_norm(
     *,
     eps: float,
     plus_one: bool,
-    prefetch: Prefetch | None = None,
     interpret: bool = False,
 ) -> tuple[Float[Array, "T D"], Float[Array, "T D"]]:
     """See `kernels_pallas.add_norm`."""
     width = x.shape[1]
-    halves = (jnp.bfloat16, jnp.float16)
     parts = y.ndim == 3 and y.dtype == jnp.float32
+    halves = (jnp.bfloat16, jnp.float16)
     if x.dtype not in halves or weight.dtype != x.dtype or (y.dtype != x.dtype and not parts):
         raise NotImplementedError(
             f"x {x.dtype}, y {y.dtype}, weight {weight.dtype}: all must be bfloat16 or float16, only "
@@ -48,12 +43,11 @@ def add_norm(
         )
     if not interpret and jax.__version_info__ < (0, 11):
         raise NotImplementedError(f"the kernel needs jax 0.11, this is {jax.__version__}")
-    ahead = None if interpret else prefetch  # the interpreter knows no caches
     kernel = AddNorm(
-        rows=x.shape[0], width=width, parts=y.shape[0] if y.ndim == 3 else 0, eps=eps,
-        plus_one=plus_one, fetch=None if ahead is None else ahead.facts, interpret=interpret,
+        width=width, parts=y.shape[0] if y.ndim == 3 else 0, eps=eps, plus_one=plus_one,
+        interpret=interpret,
     )  # fmt: skip
-    return _launch(kernel, x, y, weight, *(() if ahead is None else ahead.arrays))
+    return _launch(kernel, x, y, weight)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -65,43 +59,30 @@ def _launch(kernel: "AddNorm", *args: jax.Array) -> tuple[jax.Array, jax.Array]:
 class AddNorm:
     """Static facts of one launch, and its body."""
 
-    rows: int
     width: int
     parts: int
     """Of y, which are summed; 0: y is whole."""
     eps: float
     plus_one: bool
-    fetch: Fetch | None = None
     interpret: bool = False
 
-    def call(self, *args: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Launch; args: x, y, weight, and what is fetched ahead."""
-        out = jax.ShapeDtypeStruct(args[0].shape, args[0].dtype)
+    def call(self, x: jax.Array, y: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Launch."""
+        out = jax.ShapeDtypeStruct(x.shape, x.dtype)
         kernel = plgpu.kernel(
             self.body,
             out_type=(out, out),
-            grid=(self.rows + (HELPERS if self.fetch else 0),),
+            grid=(x.shape[0],),
             grid_names=("row",),
             # Nobody reads what another thread of the launch has written.
             compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
             **({"interpret": interpreter()} if self.interpret else {}),
         )
-        return kernel(*args)
+        return kernel(x, y, weight)
 
-    def body(self, *refs: Any) -> None:
-        """What a block runs."""
-        row, own, ahead = lax.axis_index("row"), (*refs[:3], *refs[-2:]), refs[3:-2]
-        if self.fetch is None:
-            self.row(row, *own)
-            return
-        pl.when(row < self.rows)(partial(self.row, row, *own))
-
-        @pl.when(row >= self.rows)
-        def _() -> None:
-            self.fetch.issue(ahead, row - self.rows, HELPERS)
-
-    def row(self, row: jax.Array, x: Any, y: Any, weight: Any, total: Any, normed: Any) -> None:
-        """One row."""
+    def body(self, x: Any, y: Any, weight: Any, total: Any, normed: Any) -> None:
+        """What the block of a row runs."""
+        row = lax.axis_index("row")
         vector = next(n for n in (8, 4, 2) if self.width % (n * THREADS) == 0)
         layout = plgpu.Layout.WG_STRIDED((self.width,), vec_size=vector)
         own = load(weight, (), layout)

@@ -17,7 +17,6 @@ finite. Inside shard_map all shapes are local and nothing communicates: with x, 
 K the result is a partial sum; with b and w sharded on N it is the local columns.
 """
 
-from kernels_pallas.lora_matmul.api import first_reads as first_reads
 from kernels_pallas.lora_matmul.api import lora_delta as lora_delta
 from kernels_pallas.lora_matmul.api import lora_matmul as lora_matmul
 from kernels_pallas.lora_matmul.types import PAGE as PAGE

@@ -14,7 +14,6 @@ from jaxtyping import Array, Float
 from kernels_pallas.hardware import is_hopper, say_once
 from kernels_pallas.lora_matmul import reference, xla
 from kernels_pallas.lora_matmul.types import PAGE, ActivePages, RankPool, Segments
-from kernels_pallas.prefetch import Prefetch
 
 IMPLEMENTATIONS = ("reference", "xla", "hopper")
 FUSED_ROWS = 8192
@@ -77,32 +76,6 @@ def lora_matmul(
         y = y + bias.astype(y.dtype)
     y = y.astype(out_dtype or x.dtype)
     return y if summed else y[None]
-
-
-def first_reads(
-    rows: int,
-    w: Float[Array, "K N"],
-    pool: RankPool | ActivePages | None = None,
-    segments: Segments | None = None,
-    *,
-    part_sizes: tuple[int, ...],
-    budget: int,
-) -> Prefetch | None:
-    """What `lora_matmul` of `rows` rows with these arguments reads first: `budget` bytes of w, and A
-    of the active pages. None where that is not known, or not worth it."""
-    fits = isinstance(pool, RankPool) and pool.b.shape[1] == PAGE
-    half = w.dtype in (jnp.bfloat16, jnp.float16)
-    if (pool is not None and not fits) or not (budget and half and is_hopper("lora_matmul")):
-        return None
-    from kernels_pallas.lora_matmul import hopper  # imports Mosaic GPU: only where it is used
-
-    if rows > hopper.NARROW_ROWS or (pool is None and rows > hopper.BASE_ROWS):
-        return None
-    assert not isinstance(pool, ActivePages)
-    try:
-        return hopper.first_reads(rows, w, pool, segments, part_sizes=part_sizes, budget=budget)
-    except NotImplementedError:
-        return None
 
 
 def _fused(

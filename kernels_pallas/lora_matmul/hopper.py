@@ -7,7 +7,6 @@ but a few more K steps of the base GEMM, [x | u] @ [w ; B], taken before the las
 that nothing waits for them. No shape depends on how many pages are active.
 """
 
-import dataclasses
 from functools import partial
 from typing import Any
 
@@ -19,13 +18,12 @@ from kernels_pallas.lora_matmul import hopper_wide, hopper_wide_tuning, xla
 from kernels_pallas.lora_matmul.hopper_kernel import Kernel
 from kernels_pallas.lora_matmul.hopper_tuning import Tuning, tuning
 from kernels_pallas.lora_matmul.types import RankPool, Segments
-from kernels_pallas.prefetch import ROWS, Prefetch
 
 NARROW_ROWS = 128
 """With more, hopper_wide serves: from there on it is faster."""
 
 BASE_ROWS = 64
-"""With more, XLA's matmuls without LoRA are faster, prefetched or not."""
+"""With more, XLA's matmuls without LoRA are faster."""
 
 
 def matmul(
@@ -61,35 +59,14 @@ def base_matmul(
     sms: int | None = None,
     interpret: bool = False,
 ) -> Float[Array, "parts T N"]:
-    """`x @ w` alone, as `matmul` gives it: the same launch without a shrink. XLA's matmuls are as
-    fast, but what they read first is not known, so nothing could be prefetched for them."""
+    """`x @ w` alone, as `matmul` gives it: the same launch without a shrink. A decoder's step of 32
+    rows is 2.5% faster with it than with XLA's matmuls, which split K of three projections in four."""
     _refuse(x, w, None, interpret)
     if x.shape[0] > NARROW_ROWS:
         raise NotImplementedError(f"{x.shape[0]} rows: up to {NARROW_ROWS} are supported")
     sms = sms or _device_sms()
     config = config or tuning(_padded(x.shape[0]), x.shape[1], part_sizes, sms)
     return _base_matmul(part_sizes, config, sms, interpret, x, w)
-
-
-def first_reads(
-    rows: int,
-    w: Float[Array, "K N"],
-    pool: RankPool | None,
-    segments: Segments | None,
-    *,
-    part_sizes: tuple[int, ...],
-    budget: int,
-) -> Prefetch:
-    """What the launch for these arguments reads first, `budget` bytes of w and all of A."""
-    config = tuning(_padded(rows), w.shape[0], part_sizes, _device_sms())
-    depth = budget // (config.split * w.shape[1] * w.dtype.itemsize)
-    own = w.shape[0] // config.split
-    depth = max(ROWS, min(depth, own) // ROWS * ROWS)
-    ahead = Prefetch(w=w, splits=config.split, depth=depth)
-    if pool is None or segments is None:
-        return ahead
-    pages, count, *_ = _meta(segments, _padded(rows))
-    return dataclasses.replace(ahead, a=pool.a, pages=pages, count=count)
 
 
 def worth_it(x: jax.Array, part_sizes: tuple[int, ...]) -> bool:

@@ -5,13 +5,10 @@ A named implementation never falls back: what it cannot do is a NotImplementedEr
 for the default backend, and says once in the log why it is no kernel on a GPU.
 """
 
-from typing import Any
-
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.hardware import is_hopper, say_once
 from kernels_pallas.paged_attention import xla
-from kernels_pallas.prefetch import Prefetch
 
 IMPLEMENTATIONS = ("xla", "hopper")
 
@@ -28,7 +25,6 @@ def paged_attention(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
-    prefetch: Prefetch | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "T N H"]:
     """Attention as the package's Semantics say. K/V of the step's own tokens are in the pool already.
@@ -39,7 +35,6 @@ def paged_attention(
         scale: factor on the scores, usually H ** -0.5.
         window: sliding window in tokens, the query's own included; None: full attention.
         softcap: scores are squeezed into -softcap..softcap by tanh; None: they are not.
-        prefetch: what is read next, if all tokens are decode rows.
         implementation: "xla", "hopper" or None (chosen by the platform).
 
     Raises:
@@ -50,15 +45,17 @@ def paged_attention(
             f"paged_attention has no implementation {implementation!r}; there are {IMPLEMENTATIONS}"
         )
     args = (q, keys, values, tables, positions)
-    options: dict[str, Any] = {"decode": decode, "block": block, "scale": scale}
-    options |= {"window": window, "softcap": softcap}
     if implementation == "hopper" or (implementation is None and is_hopper("paged_attention")):
         from kernels_pallas.paged_attention import hopper  # imports Mosaic GPU: only where used
 
         try:
-            return hopper.paged_attention(*args, prefetch=prefetch, **options)
+            return hopper.paged_attention(
+                *args, decode=decode, block=block, scale=scale, window=window, softcap=softcap
+            )
         except NotImplementedError as reason:
             if implementation is not None:
                 raise
             say_once(f"paged_attention: no kernel, XLA instead ({reason})")
-    return xla.paged_attention(*args, **options)
+    return xla.paged_attention(
+        *args, decode=decode, block=block, scale=scale, window=window, softcap=softcap
+    )

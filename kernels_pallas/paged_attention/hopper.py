@@ -10,7 +10,6 @@ from jaxtyping import Array, Float, Int
 from kernels_pallas.paged_attention import hopper_plan, xla
 from kernels_pallas.paged_attention.hopper_decode import Decode, top_rows
 from kernels_pallas.paged_attention.hopper_prefill import ROWS, Prefill
-from kernels_pallas.prefetch import Prefetch
 
 SHARED_BYTES = 227 * 1024
 """Shared memory of one SM that blocks can have, less 1 KiB each."""
@@ -28,15 +27,13 @@ def paged_attention(
     scale: float,
     window: int | None,
     softcap: float | None,
-    prefetch: Prefetch | None = None,
 ) -> Float[Array, "T N H"]:
     """See `kernels_pallas.paged_attention`."""
     _refuse(q, keys, values)
     options: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap}
     decoded = None
     if decode:
-        args = (q, keys, values, tables, positions)
-        decoded = decode_rows(*args, rows=decode, prefetch=prefetch, **options)
+        decoded = decode_rows(q, keys, values, tables, positions, rows=decode, **options)
     if decode == q.shape[0]:
         assert decoded is not None
         return decoded
@@ -79,7 +76,6 @@ def decode_rows(
     window: int | None,
     softcap: float | None,
     rows: int | None = None,
-    prefetch: Prefetch | None = None,
     blocks: int | None = None,
     workers: int | None = None,
     interpret: bool = False,
@@ -100,8 +96,7 @@ def decode_rows(
     )  # fmt: skip
     kernel = Decode(
         rows=rows, heads=heads, width=width, layout=layout, scale=scale, softcap=softcap,
-        dtype=jnp.dtype(q.dtype), fetch=None if prefetch is None else prefetch.facts,
-        interpret=interpret,
+        dtype=jnp.dtype(q.dtype), interpret=interpret,
     )  # fmt: skip
     plan = hopper_plan.plan(positions[:rows], tables[:rows], layout)
     flat = q.reshape(tokens * heads, width)
@@ -110,7 +105,7 @@ def decode_rows(
     if extra:
         flat = jnp.pad(flat, ((0, extra), (0, 0)))
     args = (flat, keys, values, tables, positions, plan.work, plan.rows, plan.tickets)
-    return _launch(kernel, *args, *(() if prefetch is None else prefetch.arrays))
+    return _launch(kernel, *args)
 
 
 def prefill_blocks(

@@ -27,7 +27,6 @@ from kernels_pallas.paged_attention.hopper_math import (
 )
 from kernels_pallas.paged_attention.hopper_plan import TILE, Layout
 from kernels_pallas.paged_attention.hopper_registers import store_rows, take_ticket
-from kernels_pallas.prefetch import Fetch
 
 Cursor = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 """Row, kv head, tile of the row's line, position of the row's query."""
@@ -47,7 +46,6 @@ class Refs:
     tickets: Any
     out: Any
     pieces: Any
-    ahead: Any
     ks: Any
     vs: Any
     out_s: Any
@@ -67,8 +65,6 @@ class Decode:
     scale: float
     softcap: float | None
     dtype: Any
-    fetch: Fetch | None = None
-    """What comes next into L2, once a worker has asked for all that it reads itself."""
     interpret: bool = False
 
     @property
@@ -87,8 +83,7 @@ class Decode:
         return top_rows(self.group)
 
     def call(self, *args: jax.Array) -> jax.Array:
-        """Launch; args: q [T·N, H], keys, values, tables, positions, the plan's arrays, and what is
-        fetched ahead."""
+        """Launch; args: q [T·N, H], keys, values, tables, positions, and the plan's arrays."""
         out = jax.ShapeDtypeStruct((self.rows, self.heads, self.width), self.dtype)
         pieces = jax.ShapeDtypeStruct(
             (self.layout.workers, 2, 2, self.top, self.width), jnp.float32
@@ -136,11 +131,10 @@ class Decode:
 
     def body(self, phase: str, *refs: Any) -> None:
         """What every worker runs. `phase`: "all", or one of two launches."""
-        last = 8 + (self.fetch.count if self.fetch else 0)
-        first, ahead, outs, scratch = refs[:8], refs[8:last], refs[last:-6], refs[-6:]
+        first, outs, scratch = refs[:8], refs[8:-6], refs[-6:]
         out, pieces = (outs[1], outs[0]) if phase == "sum" else outs
         names = [field.name for field in dataclasses.fields(Refs)]
-        r = Refs(**dict(zip(names, (*first, out, pieces, ahead, *scratch), strict=True)))
+        r = Refs(**dict(zip(names, (*first, out, pieces, *scratch), strict=True)))
         worker = lax.axis_index("worker")
         if phase != "sum":
             self.walk(r, worker)
@@ -209,8 +203,6 @@ class Decode:
         for i in range(layout.stages):
             ids = tuple(entries[i][4 : layout.entry])
             pl.when(i < count)(partial(self.issue, r, queue[i], ids, i))
-        asks_at = lax.max(count - layout.stages, jnp.int32(0))
-        pl.when(asks_at == 0)(partial(self.fetch_ahead, r, worker))
         self.clear_padding(r, worker)
 
         def step(i: jax.Array, carry: Any) -> Any:
@@ -235,7 +227,6 @@ class Decode:
 
             acc = multiply_add(acc, p.astype(self.dtype), r.vs.at[slot], self.interpret)
             pl.when(i + self.layout.stages < count)(partial(self.issue, r, following, ids, slot))
-            pl.when(i + 1 == asks_at)(partial(self.fetch_ahead, r, worker))
             ends, begun = tile + 1 == layout.span.after(at), tile <= i
             whole = ends & begun  # of the row's line, this worker had the first and the last tile
 
@@ -266,11 +257,6 @@ class Decode:
         acc = jnp.zeros((64, self.width), jnp.float32)
         acc = plgpu.layout_cast(acc, plgpu.Layout.WGMMA)
         lax.fori_loop(0, count, step, (tuple(queue), jnp.int32(0), zeros, zeros, acc))
-
-    def fetch_ahead(self, r: Refs, worker: jax.Array) -> None:
-        """A worker's share of what comes next."""
-        if self.fetch is not None:
-            self.fetch.issue(r.ahead, worker, self.layout.workers)
 
     def above(self, row: jax.Array, head: jax.Array) -> jax.Array:
         """Rows of other queries above those of this row and kv head."""
