@@ -14,7 +14,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ from jlora.engine.steps import KV_AXES, Adapters, Steps
 from jlora.models.weights import abstract_decoder, dummy_weights
 from jlora.shape import Shape
 from jlora.sharding import Layout, make_mesh, sharding
-from kernels_pallas.lora_matmul import RankPool, hopper
+from kernels_pallas.lora_matmul import hopper
 
 PAGE, RANK_PAGE = 16, 16
 DEVICES = {"NVIDIA H100 80GB HBM3": 3.1e12, "NVIDIA H200": 4.3e12}
@@ -65,7 +64,15 @@ class Machine:
         self.steps = Steps(self.flat, cfg, self.mesh, split=False)
         pages = RankPages(cfg, self.layout, self.mesh, adapters, dtype, RANK_PAGE)
         self.pools = [
-            {group: _random_pool(pool, 10 * i + j) for j, (group, pool) in enumerate(own.items())}
+            {
+                group: jax.tree.map(
+                    lambda array, seed=10 * i + j: jax.device_put(
+                        _random_page_array(array, seed), array.sharding
+                    ),
+                    pool,
+                )
+                for j, (group, pool) in enumerate(own.items())
+            }
             for i, own in enumerate(pages.pools)
         ]
         kv = (most_rows * self.table + 1, self.layout.kv_heads, PAGE, cfg.head_dim)
@@ -132,14 +139,10 @@ class Machine:
         return (read + adapters * self.adapter_bytes) / bandwidth * 1e3
 
 
-@partial(jax.jit, donate_argnums=0)  # one program for each group
-def _random_pool(pool: RankPool, seed: int) -> RankPool:
-    keys = jax.random.split(jax.random.key(seed))
-    a, b = (
-        (jax.random.normal(key, x.shape, jnp.float32) * 0.01).astype(x.dtype).at[0].set(0)
-        for key, x in zip(keys, (pool.a, pool.b), strict=True)
-    )
-    return RankPool(a=a, b=b)
+@jax.jit  # one program for each shape
+def _random_page_array(array: jax.Array, seed: int) -> jax.Array:
+    numbers = jax.random.normal(jax.random.key(seed), array.shape, jnp.float32) * 0.01
+    return numbers.astype(array.dtype).at[0].set(0)
 
 
 @dataclasses.dataclass(frozen=True)
