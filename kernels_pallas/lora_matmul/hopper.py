@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from kernels_pallas.lora_matmul import hopper_wide, hopper_wide_tuning, xla
 from kernels_pallas.lora_matmul.hopper_kernel import Kernel
-from kernels_pallas.lora_matmul.hopper_tuning import Tuning, tuning
+from kernels_pallas.lora_matmul.hopper_tuning import Tuning, base_tuning, tuning
 from kernels_pallas.lora_matmul.types import RankPool, Segments
 
 NARROW_ROWS = 128
@@ -65,7 +65,7 @@ def base_matmul(
     if x.shape[0] > NARROW_ROWS:
         raise NotImplementedError(f"{x.shape[0]} rows: up to {NARROW_ROWS} are supported")
     sms = sms or _device_sms()
-    config = config or tuning(_padded(x.shape[0]), x.shape[1], part_sizes, sms)
+    config = config or base_tuning(_padded(x.shape[0]), x.shape[1], part_sizes, sms)
     return _base_matmul(part_sizes, config, sms, interpret, x, w)
 
 

@@ -105,6 +105,7 @@ class Kernel:
                 tile((t.shrink_stages, t.group * self.parts * PAGE, 64)),
                 plgpu.SMEM((self.store_rows, PAGE), self.dtype),
                 plgpu.Barrier(num_arrivals=1 + t.group, num_barriers=t.shrink_stages),
+                plgpu.Barrier(num_arrivals=1),
             ]
         extra: dict[str, Any] = {"interpret": interpreter()} if interpret else {}
         kernel = plgpu.kernel(
@@ -135,14 +136,14 @@ class Kernel:
             pl.when(wg < self.wgs)(partial(self.multiply, ring, y, ys, jnp.int32(0)))
             return
         x, w, a, b, pages, count, mask, sync = refs[:8]
-        rest, scratch = refs[8:-10], refs[-10:]
+        rest, scratch = refs[8:-11], refs[-11:]
         y, u, p = {
             "all": lambda: rest,
             "slices": lambda: (None, None, rest[0]),
             "sum": lambda: (None, rest[1], rest[0]),
             "multiply": lambda: (rest[1], rest[0], None),
         }[phase]()
-        xs, ws, ys, full, empty, full_expand, sx, sa, us, full_shrink = scratch
+        xs, ws, ys, full, empty, full_expand, sx, sa, us, full_shrink, u_there = scratch
         counters = Counters(sync, self.sms) if phase == "all" else None
         active = count[0]
         ring = Ring(self.t.stages, self.block, xs, ws, full, full_expand, empty)
@@ -155,7 +156,8 @@ class Kernel:
             if registers:
                 plgpu.set_max_registers(registers[1], action="decrease")
             if phase in ("all", "multiply"):
-                self.produce(ring, x, w, b, u, pages, active, counters)
+                ready = u_there if counters else None
+                self.produce(ring, x, w, b, u, pages, active, ready)
 
         @pl.when(wg == self.wgs + 1)
         def _() -> None:
@@ -167,8 +169,12 @@ class Kernel:
                 pl.when(active > 0)(partial(counters.meet, 0))
             if phase in ("all", "sum"):
                 self.shrink_sum(p, u, us, active)
-            if counters:
-                pl.when(active > 0)(partial(counters.signal, 1))
+            if counters:  # the one who waits for the others has nothing else to do
+
+                @pl.when(active > 0)
+                def _() -> None:
+                    counters.meet(1)
+                    plgpu.barrier_arrive(u_there)
 
         @pl.when(wg < self.wgs)
         def _() -> None:
@@ -206,15 +212,24 @@ class Kernel:
         return self.width // self.t.bk // self.t.split
 
     def produce(
-        self, ring: Any, x: Any, w: Any, b: Any, u: Any, pages: Any, active: Any, counters: Any
+        self, ring: Any, x: Any, w: Any, b: Any, u: Any, pages: Any, active: Any, ready: Any
     ) -> None:
-        """Stream tiles of x and w, and in between of u and B, into the ring."""
+        """Stream tiles of x and w, and in between of u and B, into the ring. Whatever this warpgroup
+        waits for, the stream of w waits for too: page numbers are read a step ahead, and u is waited
+        for at a barrier in shared memory."""
         t, rows = self.t, self.block
         ends = [sum(self.part_sizes[: j + 1]) // t.bn for j in range(self.parts)]
 
-        def tile(i: jax.Array, n: jax.Array) -> jax.Array:
+        def page_ids(s: jax.Array, e: jax.Array | int) -> list[jax.Array]:
+            """Pages of an expand step, or of the last one there could be."""
+            first = lax.min((s + e * t.split) * self.chunk, jnp.int32(self.pages - self.chunk))
+            return [pages[first + j] for j in range(self.chunk)]
+
+        def tile(i: jax.Array, carry: Any) -> Any:
+            n, waited = carry
             m, c, s = self._tile(i)
             x_rows, columns = pl.ds(m * rows, rows), pl.ds(c * t.bn, t.bn)
+            ids = page_ids(s, 0) if self.pages else []
             part = jnp.int32(0)
             for end in ends[:-1]:
                 part = part + (c >= end).astype(jnp.int32)
@@ -226,27 +241,28 @@ class Kernel:
                 plgpu.copy_gmem_to_smem(x.at[x_rows, depth], x_tile, ring.full.at[slot])
                 return n + 1
 
-            def load_expand(e: jax.Array, n: jax.Array) -> jax.Array:
+            def load_expand(e: jax.Array, carry: Any) -> Any:
+                n, *ids = carry
                 x_tile, w_tile, slot = ring.acquire(n)
-                first = (s + e * t.split) * self.chunk
                 barrier = ring.full_expand.at[slot]
-                for j in range(self.chunk):
-                    page = b.at[pages[first + j], :, columns]
-                    plgpu.copy_gmem_to_smem(page, w_tile.at[pl.ds(PAGE * j, PAGE)], barrier)
-                if counters:
-                    pl.when(e == 0)(partial(counters.wait, 1))
-                ranks = pl.ds(first * PAGE, t.bk)
+                for j, page in enumerate(ids):
+                    there = b.at[page, :, columns]
+                    plgpu.copy_gmem_to_smem(there, w_tile.at[pl.ds(PAGE * j, PAGE)], barrier)
+                if ready is not None:
+                    pl.when((e == 0) & (waited == 0))(lambda: plgpu.barrier_wait(ready))
+                ranks = pl.ds((s + e * t.split) * self.chunk * PAGE, t.bk)
                 plgpu.copy_gmem_to_smem(u.at[part, x_rows, ranks], x_tile, barrier)
-                return n + 1
+                return n + 1, *page_ids(s, e + 1)
 
             n = lax.fori_loop(0, self._steps - t.tail, load_base, n)
             if self.pages:
-                n = lax.fori_loop(0, self._expands(active, s), load_expand, n)
-            return lax.fori_loop(self._steps - t.tail, self._steps, load_base, n)
+                expands = self._expands(active, s)
+                n, *_ = lax.fori_loop(0, expands, load_expand, (n, *ids))
+                waited = waited | (expands > 0).astype(jnp.int32)
+            return lax.fori_loop(self._steps - t.tail, self._steps, load_base, n), waited
 
-        n = lax.fori_loop(0, self._tiles_of_block(), tile, jnp.int32(0))
-        if counters:
-            pl.when(active > 0)(partial(counters.meet_waited, 1))
+        zero = jnp.int32(0)
+        n, _ = lax.fori_loop(0, self._tiles_of_block(), tile, (zero, zero))
         ring.drain(n)
 
     def multiply(self, ring: Any, y: Any, ys: Any, active: jax.Array) -> None:

@@ -107,12 +107,8 @@ class Counters:
         wait(self.sync.at[pl.ds(8 * which, 8)])  # pyright: ignore[reportCallIssue]
 
     def meet(self, which: int) -> None:
-        """Signal, wait, pass."""
+        """Signal, wait, pass: once a block and counter."""
         self.signal(which)
-        self.meet_waited(which)
-
-    def meet_waited(self, which: int) -> None:
-        """Wait, pass: once a block and counter."""
         self.wait(which)
         self.signal(which)
 
