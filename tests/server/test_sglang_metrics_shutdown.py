@@ -244,6 +244,25 @@ def test_stopping_cuts_what_outlives_the_timeout(launch: Callable[..., Running])
     assert got[0].json()["choices"][0]["finish_reason"] == "abort"
 
 
+def test_a_second_signal_cuts_what_still_runs(launch: Callable[..., Running]):
+    server = launch(shutdown_timeout=60.0)
+    server.engine.hold()
+    got: list[httpx.Response] = []
+    body = {"model": "shout", "prompt": "x"}
+    asking = threading.Thread(target=lambda: got.append(server.post("/v1/completions", body)))
+    asking.start()
+    server.wait(lambda: server.engine.active)
+    server.server.handle_exit(signal.SIGINT, None)
+    asking.join(0.5)
+    assert not got
+    server.server.handle_exit(signal.SIGINT, None)
+    asking.join(10)
+    assert got[0].json()["choices"][0]["finish_reason"] == "abort"
+    server.thread.join(10)
+    assert not server.thread.is_alive()
+    assert not server.server.force_exit
+
+
 PROGRAM = """
 import sys
 from jlora import serve
