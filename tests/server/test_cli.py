@@ -11,6 +11,7 @@ import pytest
 from jlora.cli import build_parser, field_docs, parse
 from jlora.errors import ParameterError
 from jlora.generate import GenerateOptions
+from jlora.llm import LLM
 from jlora.options import (
     LoraModule,
     ModelOptions,
@@ -139,6 +140,49 @@ def test_every_unknown_flag_is_named_and_a_stray_word_is_no_flag():
     assert "--prt: did you mean --port?" in line
     assert "--max-lora: did you mean --max-loras" in line
     assert "unexpected argument 'word'" in refused(["--port", "1", "word"])
+
+
+@pytest.mark.parametrize(
+    ("flag", "why"),
+    [
+        ("--max-lora-rank", "any rank"),
+        ("--lora-dtype", "--dtype"),
+        ("--trust-remote-code", "never run"),
+        ("--enable-chunked-prefill", "--max-num-batched-tokens"),
+    ],
+)
+def test_a_flag_of_vllms_that_is_not_needed_says_why(tmp_path: Path, flag: str, why: str):
+    assert why in refused([flag, "64"])
+    key = flag.removeprefix("--")
+    assert why in refused(write(tmp_path, f"{key} = 64"))
+    with pytest.raises(ParameterError, match=why):
+        LLM(**{key.replace("-", "_"): 64})
+
+
+def test_a_model_in_the_place_where_vllm_has_it_is_told_where_it_goes():
+    assert "write --model ./llama" in refused(["./llama", "--port", "1"])
+
+
+@pytest.mark.parametrize(
+    ("param", "argv"),
+    [
+        ("merge", ["--merge", "nope"]),
+        ("merge", ["--model", "m", "--lora-modules", "a=/a", "--merge", "shout"]),
+        ("lora", ["hello", "--lora", "nope"]),
+    ],
+)
+def test_an_adapter_that_is_not_there_is_told_before_the_model_is_loaded(
+    param: str, argv: list[str]
+):
+    line = refused(argv, GenerateOptions if param == "lora" else ServeOptions)
+    assert f"{param}: no adapter is named" in line
+    assert ("a" if "--model" in argv else "shout, json, pirate") in line.rpartition(":")[2]
+
+
+@pytest.mark.parametrize("name", ["shout", "SmolLM2-135M-Instruct:json", "shout*0.5+json*0.5", "a"])
+def test_adapters_of_the_start_may_be_named_as_in_requests(name: str):
+    got = parse(GenerateOptions, ["hello", "--lora", name, "--lora-modules", "a=/a"])
+    assert got.lora == name
 
 
 def write(tmp_path: Path, text: str, name: str = "c.toml") -> list[str]:

@@ -1,7 +1,9 @@
 """`LLM` in vLLM's Python shape, on the fake engine."""
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,6 +11,7 @@ import pytest
 from jlora.engine.params import SamplingParams
 from jlora.errors import AdapterNotFound, ParameterError
 from jlora.llm import LLM
+from jlora.options import ModelOptions
 from jlora.outputs import LoRARequest
 from jlora.tokenizer import Tokenizer
 from tests.server.fakes import BASE_TEXT, FakeEngine, fake_llm, write_adapter
@@ -144,3 +147,44 @@ def test_closing_a_stream_aborts_what_runs(llm: LLM):
 def test_unknown_options_are_refused_before_anything_is_loaded():
     with pytest.raises(ParameterError, match="max_lora"):
         LLM("folder", max_lora=3)
+
+
+@pytest.mark.parametrize("name", ["tensor_parallel_size", "tp_size", "mesh"])
+def test_options_go_by_the_names_of_vllms_and_sglangs_flags_too(
+    name: str, monkeypatch: pytest.MonkeyPatch
+):
+    seen: list[ModelOptions] = []
+
+    def build(options: ModelOptions, progress: object = None) -> object:
+        seen.append(options)
+        raise ParameterError("enough")
+
+    monkeypatch.setitem(sys.modules, "jlora.build", SimpleNamespace(build_engine=build))
+    with pytest.raises(ParameterError, match="enough"):
+        LLM("folder", enable_lora=True, max_loras_per_batch=3, lora_paths={"a": "/a"}, **{name: 2})
+    (options,) = seen
+    assert (options.mesh, options.max_loras, options.lora_modules) == (2, 3, ("a=/a",))
+    with pytest.raises(ParameterError, match="max_loras twice"):
+        LLM("folder", max_loras=3, max_loras_per_batch=3)
+    with pytest.raises(ParameterError, match="did you mean max_loras"):
+        LLM("folder", max_lora=3)
+    with pytest.raises(ParameterError, match="enable_lora"):
+        LLM("folder", enable_lora=False)
+
+
+def test_what_is_no_prompt_or_no_lora_request_is_named(llm: LLM):
+    for prompts in (5, None, [None], [3.5], {"text": "x"}):
+        with pytest.raises(ParameterError, match="prompt"):
+            llm.generate(prompts)  # type: ignore[arg-type]
+    for lora in ("shout", ["shout"], 1):
+        with pytest.raises(ParameterError, match="LoRARequest"):
+            llm.generate(["x"], lora_request=lora)  # type: ignore[arg-type]
+        with pytest.raises(ParameterError, match="LoRARequest"):
+            llm.chat([{"role": "user", "content": "x"}], lora_request=lora)  # type: ignore[arg-type]
+
+
+def test_vllms_use_tqdm_changes_nothing(llm: LLM):
+    messages = [{"role": "user", "content": "hello"}]
+    for wanted in (True, False):
+        assert llm.generate("a", LONG, use_tqdm=wanted)[0].outputs
+        assert llm.chat(messages, LONG, use_tqdm=wanted)[0].outputs
