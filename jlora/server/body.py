@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, fie
 from pydantic_core import PydanticUseDefault
 
 from jlora.errors import ParameterError
+from jlora.near import near
 
 TBody = TypeVar("TBody", bound="Body")
 
@@ -64,7 +65,8 @@ def _explain(cls: type[Body], error: ValidationError) -> ParameterError:
     if kind == "model_type":
         return ParameterError(f"{where or 'the body'}: a JSON object was expected", where or None)
     if kind == "extra_forbidden":
-        return ParameterError(f"unknown field {where!r}; check its spelling", where)
+        hint = near(where, cls.model_fields) or "check its spelling"
+        return ParameterError(f"unknown field {where!r}: {hint}", where)
     if kind == "missing":
         return ParameterError(f"the field {where!r} is required", where)
     got = "" if problem["loc"] == () else f" (got {str(problem['input'])[:80]!r})"

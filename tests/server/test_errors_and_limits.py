@@ -92,8 +92,13 @@ MISTAKES: list[tuple[str, dict[str, Any], int, str | None]] = [
     (H, {**CHAT, "chat_template": "{{ 1 }}"}, 400, "chat_template"),
     (H, {**CHAT, "chat_template_kwargs": {"messages": []}}, 400, "chat_template_kwargs"),
     (H, {**CHAT, "top_logprobs": 2}, 400, "top_logprobs"),
-    (H, {**CHAT, "logprobs": True, "top_logprobs": 21}, 400, "logprobs"),
+    (H, {**CHAT, "logprobs": True, "top_logprobs": 21}, 400, "top_logprobs"),
     (H, {**CHAT, "max_tokens": 0}, 400, "max_tokens"),
+    (H, {**CHAT, "max_tokens": 300}, 400, "max_tokens"),
+    (H, {**CHAT, "max_completion_tokens": 0}, 400, "max_completion_tokens"),
+    (H, {**CHAT, "max_completion_tokens": 300}, 400, "max_completion_tokens"),
+    (C, {**PROMPT, "model": "shout*2+shout*1"}, 400, "model"),
+    (C, {**PROMPT, "model": "shout*1e9"}, 400, "model"),
     (H, {**CHAT, "echo": True}, 400, "echo"),
     (H, {**CHAT, "nonsense": None}, 400, "nonsense"),
     ("/generate", {}, 400, "text"),
@@ -109,6 +114,15 @@ MISTAKES: list[tuple[str, dict[str, Any], int, str | None]] = [
     ("/detokenize", {"tokens": "x"}, 400, "tokens"),
     ("/v1/load_lora_adapter", {"lora_name": 5, "lora_path": "x"}, 400, "lora_name"),
     ("/v1/load_lora_adapter", {"lora_name": "a", "lora_path": "x", "evil": 1}, 400, "evil"),
+    ("/v1/load_lora_adapter", {"lora_path": "x"}, 400, "lora_name"),
+    ("/v1/load_lora_adapter", {"lora_name": "x"}, 400, "lora_path"),
+    ("/v1/load_lora_adapter", {"lora_name": "a", "lora_path": "absent"}, 404, "lora_path"),
+    ("/v1/load_lora_adapter", {"lora_name": "a", "lora_path": "/etc"}, 400, "lora_path"),
+    ("/v1/load_lora_adapter", {"lora_name": "tiny", "lora_path": "shout"}, 400, "lora_name"),
+    ("/v1/load_lora_adapter", {"lora_name": "shout", "lora_path": "shout"}, 400, "lora_name"),
+    ("/v1/load_lora_adapter", {"lora_name": "a/b", "lora_path": "shout"}, 400, "lora_name"),
+    ("/v1/unload_lora_adapter", {}, 400, "lora_name"),
+    ("/v1/unload_lora_adapter", {"lora_name": "ghost"}, 404, "lora_name"),
 ]
 
 
@@ -126,6 +140,25 @@ def test_every_mistake_is_a_4xx_that_names_its_field(server: Running):
     assert not server.engine.active
 
 
+@pytest.mark.parametrize(
+    ("path", "body", "field", "meant"),
+    [
+        (C, PROMPT, "max_token", "did you mean max_tokens?"),
+        (C, PROMPT, "topK", "did you mean top_k"),
+        (C, PROMPT, "quux", "check its spelling"),
+        (H, CHAT, "max_completions_tokens", "did you mean max_completion_tokens"),
+        ("/generate", {"text": "a"}, "lora", "did you mean lora_path?"),
+        ("/v1/unload_lora_adapter", {"lora_name": "a"}, "lora_names", "did you mean lora_name"),
+    ],
+)
+def test_an_unknown_field_is_answered_with_the_nearest_ones(
+    server: Running, path: str, body: dict[str, Any], field: str, meant: str
+):
+    error = server.post(path, {**body, field: 1}).json()["error"]
+    assert error["message"].startswith(f"unknown field {field!r}: {meant}")
+    assert error["param"] == field
+
+
 def test_harmless_values_of_unsupported_fields_are_accepted(server: Running):
     """What bench clients and SDKs send without meaning anything by it."""
     body = {
@@ -139,6 +172,7 @@ def test_harmless_values_of_unsupported_fields_are_accepted(server: Running):
         "service_tier": "auto",
         "parallel_tool_calls": True,
         "logprobs": None,
+        "top_logprobs": 0,
         "best_of": 1,
         "max_tokens": 1,
         "spaces_between_special_tokens": True,
