@@ -6,11 +6,13 @@ Importing this module imports no jax; loading a model does.
 
 import dataclasses
 import itertools
+import sys
 import uuid
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from jlora.adapters.store import AdapterEntry
+from jlora.console import prepare_devices
 from jlora.engine.params import SamplingParams
 from jlora.engine.sequence import Event, TokenLogprobs
 from jlora.errors import ParameterError, UnknownModelError
@@ -43,10 +45,13 @@ class LLM:
             elif isinstance(options.get(name), str):
                 options[name] = [options[name]]
             options[name] = tuple(str(item) for item in options.get(name) or ())
+        chosen = ModelOptions(model=model, **options)
+        if "jax" not in sys.modules:  # later it would not listen
+            prepare_devices(chosen.mesh)
         # Lazy: building imports jax, which the server's tests and --help do without.
         from jlora.build import build_engine
 
-        self._take(build_engine(ModelOptions(model=model, **options), progress=progress))
+        self._take(build_engine(chosen, progress=progress))
 
     @classmethod
     def load(cls, options: ModelOptions, *, progress: Progress | None = None) -> "LLM":

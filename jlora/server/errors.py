@@ -73,7 +73,7 @@ def answer(error: JloraError, adapter_field: str | None = None) -> Json:
     if param is None and isinstance(error, AdapterError | ConflictError):
         param = adapter_field
     if isinstance(error, UnknownModelError):
-        param = "model"
+        param = adapter_field or "model"
     elif isinstance(error, AdapterError) and status == 400:
         kind = "InvalidUserInput"
     headers = {"WWW-Authenticate": "Bearer"} if status == 401 else None

@@ -5,6 +5,7 @@ import importlib
 import io
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,6 +21,9 @@ from jlora.options import (
     parse_lora_module,
     parse_pages,
 )
+from jlora.serve import welcome
+from jlora.tokenizer import Tokenizer
+from tests.server.fakes import fake_llm
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "serve").glob("*.toml"))
 
@@ -154,9 +158,10 @@ def test_every_unknown_flag_is_named_and_a_stray_word_is_no_flag():
 def test_a_flag_of_vllms_that_is_not_needed_says_why(tmp_path: Path, flag: str, why: str):
     assert why in refused([flag, "64"])
     key = flag.removeprefix("--")
+    options: dict[str, Any] = {key.replace("-", "_"): 64}
     assert why in refused(write(tmp_path, f"{key} = 64"))
     with pytest.raises(ParameterError, match=why):
-        LLM(**{key.replace("-", "_"): 64})
+        LLM("folder", **options)
 
 
 def test_a_model_in_the_place_where_vllm_has_it_is_told_where_it_goes():
@@ -323,3 +328,26 @@ def test_a_path_with_an_equals_sign_keeps_it():
     assert parse_lora_module("a=/x=y").path == "/x=y"
     with pytest.raises(ParameterError):
         parse_lora_module("a=")
+
+
+@pytest.mark.parametrize(
+    ("address", "shown"),
+    [
+        ("http://0.0.0.0:8000", "curl http://127.0.0.1:8000/"),
+        ("http://[::]:8000", "curl http://[::1]:8000/"),
+        ("http://10.0.0.1:8000", "curl http://10.0.0.1:8000/"),
+    ],
+)
+def test_the_line_to_try_works_on_this_machine(
+    address: str, shown: str, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.delenv("JLORA_API_KEY", raising=False)
+    with fake_llm(tokenizer) as llm:
+        assert shown in welcome(llm, ServeOptions(), address)
+        assert "Authorization" not in welcome(llm, ServeOptions(), address)
+        given = welcome(llm, ServeOptions(api_key=("secret",)), address)
+        assert "Bearer KEY" in given
+        monkeypatch.setenv("JLORA_API_KEY", "secret")
+        given += welcome(llm, ServeOptions(api_key=("secret",)), address)
+        assert "Bearer $JLORA_API_KEY" in given
+        assert "secret" not in given

@@ -108,6 +108,7 @@ MISTAKES: list[tuple[str, dict[str, Any], int, str | None]] = [
     ("/generate", {"text": ["a", "b"], "stream": True}, 400, "stream"),
     ("/generate", {"text": ["a", "b"], "lora_path": ["shout"]}, 400, "lora_path"),
     ("/generate", {"text": "a", "image_data": "x"}, 400, "image_data"),
+    ("/generate", {"text": "a", "lora_path": "nobody"}, 404, "lora_path"),
     ("/tokenize", {}, 400, "prompt"),
     ("/tokenize", {"prompt": "x", "model": "nobody"}, 404, "model"),
     ("/detokenize", {"tokens": [10**9]}, 400, "tokens"),

@@ -1,5 +1,7 @@
 """`LLM` in vLLM's Python shape, on the fake engine."""
 
+import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -159,9 +161,11 @@ def test_options_go_by_the_names_of_vllms_and_sglangs_flags_too(
         seen.append(options)
         raise ParameterError("enough")
 
+    given: dict[str, Any] = {"enable_lora": True, "max_loras_per_batch": 3, name: 2}
+    given["lora_paths"] = {"a": "/a"}
     monkeypatch.setitem(sys.modules, "jlora.build", SimpleNamespace(build_engine=build))
     with pytest.raises(ParameterError, match="enough"):
-        LLM("folder", enable_lora=True, max_loras_per_batch=3, lora_paths={"a": "/a"}, **{name: 2})
+        LLM("folder", **given)
     (options,) = seen
     assert (options.mesh, options.max_loras, options.lora_modules) == (2, 3, ("a=/a",))
     with pytest.raises(ParameterError, match="max_loras twice"):
@@ -188,3 +192,20 @@ def test_vllms_use_tqdm_changes_nothing(llm: LLM):
     for wanted in (True, False):
         assert llm.generate("a", LONG, use_tqdm=wanted)[0].outputs
         assert llm.chat(messages, LONG, use_tqdm=wanted)[0].outputs
+
+
+def test_a_mesh_of_cpu_devices_needs_no_flag_in_the_environment():
+    """In a process of its own: jax reads the flag once."""
+    code = (
+        "import sys\nfrom types import SimpleNamespace\nfrom jlora import LLM\n"
+        "assert 'jax' not in sys.modules\n"
+        "def build(options, progress=None):\n"
+        "    import jax\n    print(jax.device_count())\n    sys.exit()\n"
+        "sys.modules['jlora.build'] = SimpleNamespace(build_engine=build)\n"
+        "LLM('folder', tensor_parallel_size=3)"
+    )
+    env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=env | {"PYTHONPATH": os.getcwd()}, capture_output=True, text=True
+    )  # fmt: skip
+    assert done.stdout == "3\n", done.stderr

@@ -47,6 +47,12 @@ def test_generate_takes_batches_with_an_adapter_each(server: Running):
     assert one["text"] == BASE_TEXT
 
 
+def test_generate_takes_an_empty_lora_path_for_the_base(server: Running):
+    none, empty = ({"text": "x", "lora_path": path} for path in (None, ""))
+    texts = [server.post("/generate", body).json()["text"] for body in (none, empty)]
+    assert texts[0] == texts[1]
+
+
 def test_generate_streams_the_text_so_far(server: Running):
     body = {"text": "a", "lora_path": "shout", "stream": True, "sampling_params": SAMPLING}
     lines = server.post("/generate", body).text.strip().split("\n\n")
