@@ -149,15 +149,43 @@ def test_every_mistake_is_a_4xx_that_names_its_field(server: Running):
         (C, PROMPT, "quux", "check its spelling"),
         (H, CHAT, "max_completions_tokens", "did you mean max_completion_tokens"),
         ("/generate", {"text": "a"}, "lora", "did you mean lora_path?"),
+        (
+            "/generate",
+            {"text": "a"},
+            "sampling_params.max_tokens",
+            "did you mean max_new_tokens",
+        ),
+        (C, {**PROMPT, "stream": True}, "stream_options.usage", "check its spelling"),
         ("/v1/unload_lora_adapter", {"lora_name": "a"}, "lora_names", "did you mean lora_name"),
     ],
 )
 def test_an_unknown_field_is_answered_with_the_nearest_ones(
     server: Running, path: str, body: dict[str, Any], field: str, meant: str
 ):
-    error = server.post(path, {**body, field: 1}).json()["error"]
+    outer, _, inner = field.partition(".")
+    error = server.post(path, {**body, outer: {inner: 1} if inner else 1}).json()["error"]
     assert error["message"].startswith(f"unknown field {field!r}: {meant}")
     assert error["param"] == field
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "start"),
+    [
+        (C, {**PROMPT, "stop": 5}, "stop: "),
+        (C, {**PROMPT, "logit_bias": {"5": "x"}}, "logit_bias: "),
+        (H, {**CHAT, "messages": [{"role": "user", "content": 5}]}, "messages.0.content: "),
+        (H, {**CHAT, "messages": [{"role": 1, "content": "x"}]}, "messages.0.role: "),
+        ("/generate", {"text": "a", "sampling_params": {"n": 0}}, "sampling_params.n: "),
+        ("/generate", {"text": "a", "lora_path": 5}, "lora_path: "),
+        ("/generate", {"input_ids": ["x"]}, "input_ids.0: "),
+    ],
+)
+def test_an_error_names_fields_as_the_client_wrote_them(
+    server: Running, path: str, body: dict[str, Any], start: str
+):
+    error = server.post(path, body).json()["error"]
+    assert error["message"].startswith(start)
+    assert start.startswith(error["param"])
 
 
 def test_harmless_values_of_unsupported_fields_are_accepted(server: Running):
