@@ -21,7 +21,6 @@ from jlora.adapters.groups import page_bytes
 from jlora.adapters.peft import read_adapter
 from jlora.adapters.pool import RankPages, StagedAdapter
 from jlora.adapters.store import AdapterStore
-from jlora.demo import DEMO_ADAPTERS
 from jlora.demo.model import cache_folder, demo_model_folder
 from jlora.device_memory import device_memory
 from jlora.engine.config import EngineConfig, buckets
@@ -34,7 +33,7 @@ from jlora.models.config import GROUPS, ModelConfig
 from jlora.models.decoder import Decoder
 from jlora.models.weights import abstract_decoder, dummy_weights, load_weights
 from jlora.needs import Needs, needs
-from jlora.options import LoraModule, ModelOptions, parse_bytes, parse_pages
+from jlora.options import ModelOptions, parse_bytes, parse_pages
 from jlora.parts import MemoryPlan, Parts, Progress
 from jlora.shape import Shape
 from jlora.sharding import Layout, make_mesh
@@ -86,6 +85,12 @@ def build_engine(options: ModelOptions, *, progress: Progress | None = None) -> 
     tell = progress or (lambda what, done, total: None)
     folder = Path(options.model) if options.model else demo_model_folder(tell)
     cfg = ModelConfig.from_folder(folder)
+    if options.max_model_len is not None and options.max_model_len > cfg.max_positions:
+        raise ParameterError(
+            f"--max-model-len {options.max_model_len} is more than the {cfg.max_positions} "
+            f"positions of {cfg.name}",
+            "max_model_len",
+        )
     cfg = cfg.for_context(options.max_model_len or cfg.default_context)
     if cfg.rope.long:
         log.warning(
@@ -94,7 +99,7 @@ def build_engine(options: ModelOptions, *, progress: Progress | None = None) -> 
             cfg.default_context,
         )
     base_cfg = cfg
-    adapters = _start_adapters(options)
+    adapters = options.start_adapters
     held = needs(options, cfg, adapters)
     cfg = replace(cfg, extra_vocab=held.added_tokens)
     tokenizer = Tokenizer.from_folder(folder)
@@ -235,12 +240,6 @@ def _weights(
 
 
 def _engine_config(options: ModelOptions, cfg: ModelConfig, platform: _Platform) -> EngineConfig:
-    if options.max_model_len is not None and options.max_model_len > cfg.max_positions:
-        raise ParameterError(
-            f"--max-model-len {options.max_model_len} is more than the {cfg.max_positions} "
-            f"positions of {cfg.name}",
-            "max_model_len",
-        )
     block = platform.prefill_block
     tokens = options.max_num_batched_tokens or platform.max_num_batched_tokens
     tokens = -(-tokens // block) * block
@@ -319,13 +318,3 @@ def _place(entries: Sequence[AdapterEntry], store: AdapterStore, rank_pages: Ran
         if placement is not None:
             rank_pages.write(placement.staged, placement.pages)
             placed.append(entry)
-
-
-def _start_adapters(options: ModelOptions) -> list[LoraModule]:
-    """The adapters of the command line; the embedded model brings its demo adapters."""
-    modules = list(options.adapters)
-    if options.model is None:
-        named = {module.name for module in modules}
-        demo = (LoraModule(name=name, path=str(path)) for name, path in DEMO_ADAPTERS.items())
-        modules = [module for module in demo if module.name not in named] + modules
-    return modules

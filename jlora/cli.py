@@ -8,13 +8,12 @@ and exit status 2.
 import argparse
 import ast
 import dataclasses
-import difflib
 import inspect
 import json
 import sys
 import textwrap
 import tomllib
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from types import NoneType, UnionType
 from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -22,6 +21,7 @@ from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin,
 import yaml
 
 from jlora.errors import JloraError, ParameterError
+from jlora.near import near
 
 T = TypeVar("T")
 
@@ -70,35 +70,34 @@ def field_docs(cls: type) -> dict[str, str]:
 class Parser(argparse.ArgumentParser):
     """argparse with one-line errors and without abbreviations."""
 
+    absent: Mapping[str, str] = {}
+    """Field names that others have and we need not, and what to do instead."""
+
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}\n")
 
     def read(self, argv: Sequence[str] | None) -> dict[str, Any]:
         """What was given, by field. Every unknown flag is named, with the flags that it is near to."""
+        argv = sys.argv[1:] if argv is None else argv
         found, rest = self.parse_known_args(argv)
         known = [flag for flag in self._option_string_actions if flag.startswith("--")]
         unknown = [text.partition("=")[0] for text in rest if text.startswith("-")]
         if unknown:
             help_of = f"python -m {self.prog} --help lists them"
-            lines = (f"unknown flag {flag}: {near(flag, known) or help_of}" for flag in unknown)
+            lines = (
+                f"unknown flag {flag}: {self.absent.get(_field(flag)) or near(flag, known) or help_of}"
+                for flag in unknown
+            )
             self.error("; ".join(lines))
         if rest:
-            self.error(f"unexpected argument {rest[0]!r}: flags start with --")
+            first = argv[0] == rest[0] and "--model" in known  # vllm serve MODEL
+            hint = f"; for a model write --model {rest[0]}" if first else ""
+            self.error(f"unexpected argument {rest[0]!r}: flags start with --{hint}")
         return vars(found)
 
 
-def near(name: str, known: Iterable[str]) -> str:
-    """'did you mean this or that?', of the `known` names nearest to `name`; '' if none is near."""
-    plain = {_plain(text): text for text in known}
-    name = _plain(name).lower()
-    found = [name] if name in plain else difflib.get_close_matches(name, plain, n=2, cutoff=0.75)
-    if name and not found:
-        found = [text for text in plain if text.startswith(name)][:3]
-    return f"did you mean {' or '.join(plain[text] for text in found)}?" if found else ""
-
-
-def _plain(flag: str) -> str:
-    return flag.lstrip("-").replace("_", "-")
+def _field(flag: str) -> str:
+    return flag.lstrip("-").replace("-", "_")
 
 
 def _flag(name: str) -> str:
@@ -115,6 +114,7 @@ def build_parser(cls: type, *, prog: str, accepted: Sequence[str] = ()) -> Parse
         argument_default=argparse.SUPPRESS,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=36, width=100),
     )
+    parser.absent = getattr(cls, "ABSENT", {})
     parser.add_argument(
         "--config", metavar="FILE", help="TOML or YAML file with these options; flags win"
     )
@@ -181,7 +181,8 @@ def _from_file(cls: type, path: str) -> dict[str, Any]:
     for key, value in table.items():
         name = str(key).replace("-", "_")
         if name not in known:
-            hint = near(name, known) or f"known are {', '.join(sorted(known))}"
+            hint = getattr(cls, "ABSENT", {}).get(name) or near(name, known)
+            hint = hint or f"known are {', '.join(sorted(known))}"
             raise ParameterError(f"--config {path}: unknown key {key!r}: {hint}", name)
         if name in values:
             raise ParameterError(f"--config {path}: {name} is there twice", name)

@@ -29,7 +29,12 @@ class ModelError(JloraError):
 
 
 class AdapterError(JloraError):
-    """An adapter is malformed, does not fit the base model or uses a feature that is refused."""
+    """An adapter is malformed, does not fit the base model or uses a feature that is refused.
+    `param` is the field of a request that it is about, where that is known."""
+
+    def __init__(self, message: str, param: str | None = None):
+        super().__init__(message)
+        self.param = param
 
 
 class AdapterNotFound(AdapterError):

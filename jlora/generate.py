@@ -48,6 +48,7 @@ class GenerateOptions(ModelOptions):
             raise ParameterError(
                 'a prompt is needed: python -m jlora.generate "question"', "prompt"
             )
+        self.check_adapter("lora", self.lora)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

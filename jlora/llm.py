@@ -6,14 +6,17 @@ Importing this module imports no jax; loading a model does.
 
 import dataclasses
 import itertools
+import sys
 import uuid
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from jlora.adapters.store import AdapterEntry
+from jlora.console import prepare_devices
 from jlora.engine.params import SamplingParams
 from jlora.engine.sequence import Event, TokenLogprobs
 from jlora.errors import ParameterError, UnknownModelError
+from jlora.near import near
 from jlora.options import ModelOptions
 from jlora.outputs import CompletionOutput, Logprob, LoRARequest, RequestOutput
 from jlora.parts import InPlaceLike, Parts, Progress
@@ -28,27 +31,27 @@ class LLM:
     """A base model with adapters.
 
     `LLM(model="folder", lora_modules=["pirate=folder"], max_num_seqs=8)` takes the fields of
-    `ModelOptions`; without a model it is the embedded SmolLM2 with its demo adapters.
+    `ModelOptions`, by the names of vLLM's and SGLang's flags too, such as `tensor_parallel_size`;
+    without a model it is the embedded SmolLM2 with its demo adapters.
     """
 
     def __init__(
         self, model: str | None = None, *, progress: Progress | None = None, **options: Any
     ):
-        known = {field.name for field in dataclasses.fields(ModelOptions)}
-        if unknown := sorted(set(options) - known):
-            raise ParameterError(
-                f"LLM has no option {unknown[0]!r}; known: {', '.join(sorted(known))}", unknown[0]
-            )
-        for name in ("lora_modules", "served_model_name"):
+        options = _by_field(options)
+        for name in ("lora_modules", "served_model_name", "lora_target_modules"):
             if isinstance(options.get(name), dict):
                 options[name] = [f"{key}={value}" for key, value in options[name].items()]
             elif isinstance(options.get(name), str):
                 options[name] = [options[name]]
             options[name] = tuple(str(item) for item in options.get(name) or ())
+        chosen = ModelOptions(model=model, **options)
+        if "jax" not in sys.modules:  # later it would not listen
+            prepare_devices(chosen.mesh)
         # Lazy: building imports jax, which the server's tests and --help do without.
         from jlora.build import build_engine
 
-        self._take(build_engine(ModelOptions(model=model, **options), progress=progress))
+        self._take(build_engine(chosen, progress=progress))
 
     @classmethod
     def load(cls, options: ModelOptions, *, progress: Progress | None = None) -> "LLM":
@@ -179,9 +182,16 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        use_tqdm: bool = False,
         lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
     ) -> list[RequestOutput]:
-        """Complete one prompt (text, token ids, or vLLM's dict) or many; results keep their order."""
+        """Complete one prompt (text, token ids, or vLLM's dict) or many; results keep their order.
+
+        `use_tqdm` is vLLM's and changes nothing: no progress is shown here."""
+        if not isinstance(prompts, str | dict | Sequence):
+            raise ParameterError(
+                f"prompts must be a text, a dict or a list of them, got {prompts!r}", "prompts"
+            )
         if isinstance(prompts, str | dict) or (prompts and isinstance(prompts[0], int)):
             prompts = [prompts]  # type: ignore[list-item]
         texts = [_as_prompt(prompt) for prompt in prompts]
@@ -200,6 +210,7 @@ class LLM:
         messages: list[dict[str, Any]] | Sequence[list[dict[str, Any]]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        use_tqdm: bool = False,
         lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
         chat_template: str | None = None,
         add_generation_prompt: bool = True,
@@ -310,6 +321,26 @@ def _logprobs(scored: TokenLogprobs, tokenizer: Tokenizer) -> dict[int, Logprob]
     }
 
 
+def _by_field(options: dict[str, Any]) -> dict[str, Any]:
+    """Options by the fields of ModelOptions, whose flags have other names too."""
+    names = {field.name: field.name for field in dataclasses.fields(ModelOptions)}
+    for field in dataclasses.fields(ModelOptions):
+        for flag in field.metadata.get("aliases", ()):
+            names[flag.removeprefix("--").replace("-", "_")] = field.name
+    found: dict[str, Any] = {}
+    for name, value in options.items():
+        if name == "enable_lora" and value is True:  # it always is
+            continue
+        if name not in names:
+            hint = ModelOptions.ABSENT.get(name) or near(name, names)
+            hint = hint or f"known: {', '.join(sorted(set(names.values())))}"
+            raise ParameterError(f"LLM has no option {name!r}: {hint}", name)
+        if names[name] in found:
+            raise ParameterError(f"LLM got {names[name]} twice, once as {name}", name)
+        found[names[name]] = value
+    return found
+
+
 def template_of(entry: AdapterEntry | None) -> str | None:
     """The chat template that an adapter's folder brings, if any."""
     return getattr(entry, "chat_template", None)
@@ -333,6 +364,12 @@ def _as_prompt(prompt: Any) -> str | list[int]:
 def _loras(value: Any, count: int) -> list[LoRARequest | None]:
     """A LoRARequest or None for each prompt; a name means one adapter within a call."""
     loras = _spread(value, count, "lora_request")
+    for lora in loras:
+        if not isinstance(lora, LoRARequest | None):
+            raise ParameterError(
+                f"lora_request must be LoRARequest(name, id, path) or None, got {lora!r}",
+                "lora_request",
+            )
     named: dict[str, LoRARequest] = {}
     for lora in loras:
         if lora is not None and (other := named.setdefault(lora.lora_name, lora)) != lora:

@@ -7,8 +7,9 @@ import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
+from jlora.demo import DEMO_ADAPTERS
 from jlora.errors import ParameterError
 
 _PAGES = re.compile(r"(\d+)\s*pages?", re.IGNORECASE | re.ASCII)
@@ -81,6 +82,14 @@ def parse_lora_module(text: str) -> LoraModule:
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
     """A base model, its adapters, and the memory that they may use."""
+
+    ABSENT: ClassVar[dict[str, str]] = {
+        "max_lora_rank": "adapters of any rank load and share a step; leave it out",
+        "lora_dtype": "adapters are kept in the type of --dtype; leave it out",
+        "trust_remote_code": "code of a checkpoint is never run; leave it out",
+        "enable_chunked_prefill": "it is always on; --max-num-batched-tokens is the size of a chunk",
+    }
+    """Flags of vLLM's that a LoRA server's command line often has, and why they are not here."""
 
     model: str | None = None
     """Folder of a Hugging Face checkpoint. Without it: the embedded SmolLM2-135M-Instruct."""
@@ -192,6 +201,20 @@ class ModelOptions:
         for name in names:
             if names.count(name) > 1:
                 raise ParameterError(f"lora_modules names {name!r} more than once", "lora_modules")
+        self.check_adapter("merge", self.merge)
+
+    def check_adapter(self, param: str, name: str | None) -> None:
+        """ParameterError unless `name` is an adapter of the start, `base:adapter` or a mix of them:
+        told before minutes of compiling."""
+        if name is None:
+            return
+        known = [module.name for module in self.start_adapters]
+        is_mix = "*" in name or "+" in name
+        if not is_mix and name.partition(":")[2] not in known and name not in known:
+            raise ParameterError(
+                f"{param}: no adapter is named {name!r}; there are: {', '.join(known) or 'none'}",
+                param,
+            )
 
     @property
     def open_to_adapters(self) -> bool:
@@ -202,6 +225,16 @@ class ModelOptions:
     def adapters(self) -> tuple[LoraModule, ...]:
         """`lora_modules`, parsed."""
         return tuple(parse_lora_module(text) for text in self.lora_modules)
+
+    @property
+    def start_adapters(self) -> tuple[LoraModule, ...]:
+        """`adapters`; the embedded model brings its demo adapters."""
+        given = self.adapters
+        if self.model is not None:
+            return given
+        named = {module.name for module in given}
+        demo = (LoraModule(name=name, path=str(path)) for name, path in DEMO_ADAPTERS.items())
+        return (*(module for module in demo if module.name not in named), *given)
 
 
 @dataclass(frozen=True, kw_only=True)

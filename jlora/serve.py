@@ -50,13 +50,15 @@ def welcome(llm: LLM, options: ServeOptions, address: str) -> str:
     """What a user sees when the server is ready: memory, address, names, a line to try."""
     adapters = [str(entry["name"]) for entry in llm.store.adapters()]
     name = adapters[-1] if adapters else llm.names[0]
-    key = ' -H "Authorization: Bearer $JLORA_API_KEY"' if options.api_key else ""
+    here = address.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")
+    secret = "$JLORA_API_KEY" if os.environ.get("JLORA_API_KEY") in options.api_key else "KEY"
+    key = f' -H "Authorization: Bearer {secret}"' if options.api_key else ""
     body = f'{{"model": "{name}", "messages": [{{"role": "user", "content": "What is the capital of France?"}}]}}'
     lines = [
         *([memory_plan(llm.parts.plan)] if llm.parts.plan is not None else []),
         f"Listening on {address}",
         f"Models: {', '.join([*llm.names, *adapters])}",
-        f"Try: curl {address}/v1/chat/completions -H 'Content-Type: application/json'{key} -d '{body}'",
+        f"Try: curl {here}/v1/chat/completions -H 'Content-Type: application/json'{key} -d '{body}'",
     ]
     return "\n".join(lines)
 

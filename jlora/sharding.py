@@ -69,9 +69,13 @@ def make_mesh(size: int, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh of `size` devices for tensor parallelism. Raises ParameterError if there are fewer."""
     devices = list(devices if devices is not None else jax.devices())
     if len(devices) < size:
+        kind = devices[0].platform
+        hint = (
+            "; XLA_FLAGS=--xla_force_host_platform_device_count makes more, before jax is imported"
+        )
         raise ParameterError(
-            f"--mesh {size} needs {size} devices, this process sees {len(devices)} "
-            f"({devices[0].platform})",
+            f"--mesh {size} needs {size} devices, this process sees {len(devices)} ({kind})"
+            f"{hint if kind == 'cpu' else ''}",
             "mesh",
         )
     return Mesh(np.array(devices[:size]), (AXIS,), axis_types=(AxisType.Auto,))

@@ -72,6 +72,7 @@ ALLOWED = {
     | {"jlora.ops", "kernels_pallas"},  # types of a step's arrays, and the copy of active pages
     "jlora.server": {"jlora.server", "jlora.llm", "jlora.parts", "jlora.stream", "jlora.outputs"}
     | {"jlora.options", "jlora.tokenizer", "jlora.chat_template", "jlora.errors", "jlora"}
+    | {"jlora.near"}
     | {"jlora.engine.params", "jlora.engine.sequence", "jlora.adapters.store"}
     | {"jlora.adapters.entry", "jlora.adapters.peft"},
 }

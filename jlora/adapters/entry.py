@@ -207,21 +207,22 @@ class StoreCounters:
 
 def check_name(name: str, reserved: Collection[str]) -> None:
     """AdapterError unless `name` can be told from paths, `base:adapter` and base models."""
+    why = None
     if not isinstance(name, str) or not name or name != name.strip():
-        raise AdapterError(f"adapter name {name!r} is empty or starts or ends with a space")
-    if len(name) > MAX_NAME:
-        raise AdapterError(
-            f"adapter name has {len(name)} characters, at most {MAX_NAME} are allowed"
-        )
-    if name in reserved:
-        raise AdapterError(f"The lora adapter '{name}' conflicts with a served base model.")
-    if bad := sorted({char for char in name if char in "/\\:" or not char.isprintable()}):
-        raise AdapterError(
+        why = f"adapter name {name!r} is empty or starts or ends with a space"
+    elif len(name) > MAX_NAME:
+        why = f"adapter name has {len(name)} characters, at most {MAX_NAME} are allowed"
+    elif name in reserved:
+        why = f"The lora adapter '{name}' conflicts with a served base model."
+    elif bad := sorted({char for char in name if char in "/\\:" or not char.isprintable()}):
+        why = (
             f"adapter name {name!r} holds {', '.join(map(repr, bad))}; slashes, colons and control "
             "characters are not allowed"
         )
-    if name in (".", ".."):
-        raise AdapterError(f"adapter name {name!r} is a path")
+    elif name in (".", ".."):
+        why = f"adapter name {name!r} is a path"
+    if why is not None:
+        raise AdapterError(why, "lora_name")
 
 
 def allowed_path(path: str | Path, roots: Collection[str | Path]) -> Path:

@@ -176,7 +176,7 @@ class AdapterStore(Generic[S]):
         with self._lock:
             record = self._names.get(name)
             if record is None:
-                raise AdapterNotFound(f"The lora adapter '{name}' cannot be found.")
+                raise AdapterNotFound(f"The lora adapter '{name}' cannot be found.", "lora_name")
             self._unloads += 1
             return self._start_drain(record)
 
@@ -365,7 +365,8 @@ class AdapterStore(Generic[S]):
         if name in self._names and not replace:
             raise AdapterError(
                 f"The lora adapter '{name}' has already been loaded. If you want to load the "
-                "adapter in place, set 'load_inplace' to True."
+                "adapter in place, set 'load_inplace' to True.",
+                "lora_name",
             )
 
     def _start_drain(self, record: Record[S]) -> Drain:

@@ -27,12 +27,12 @@ OPEN = frozenset({"/health", "/ready", "/version", "/metrics"})
 Handler = Callable[[Request], Awaitable[Response]]
 
 
-def _route(method: str, path: str, handler: Handler) -> Route:
+def _route(method: str, path: str, handler: Handler, adapter_field: str | None = None) -> Route:
     async def guarded(request: Request) -> Response:
         try:
             return await handler(request)
         except JloraError as error:
-            return answer(error)
+            return answer(error, adapter_field)
         except ClientDisconnect:
             return Response(status_code=499)  # nobody reads it
         except Exception as error:
@@ -44,20 +44,20 @@ def _route(method: str, path: str, handler: Handler) -> Route:
 
 
 ROUTES = [
-    _route("POST", "/v1/completions", openai.completions),
-    _route("POST", "/v1/chat/completions", openai.chat),
+    _route("POST", "/v1/completions", openai.completions, "model"),
+    _route("POST", "/v1/chat/completions", openai.chat, "model"),
     _route("GET", "/v1/models", openai.models),
     _route("GET", "/v1/models/{model:path}", openai.model),
-    _route("POST", "/tokenize", openai.tokenize),
-    _route("POST", "/detokenize", openai.detokenize),
-    _route("POST", "/v1/load_lora_adapter", management.load_vllm),
-    _route("POST", "/v1/unload_lora_adapter", management.unload_vllm),
+    _route("POST", "/tokenize", openai.tokenize, "model"),
+    _route("POST", "/detokenize", openai.detokenize, "model"),
+    _route("POST", "/v1/load_lora_adapter", management.load_vllm, "lora_path"),
+    _route("POST", "/v1/unload_lora_adapter", management.unload_vllm, "lora_name"),
     _route("GET", "/v1/adapters", management.adapters),
     _route("POST", "/v1/adapters/{name:path}/merge", management.merge),
     _route("POST", "/v1/adapters/{name:path}/unmerge", management.unmerge),
     _route("POST", "/load_lora_adapter", management.load_sglang),
     _route("POST", "/unload_lora_adapter", management.unload_sglang),
-    _route("POST", "/generate", sglang.generate),
+    _route("POST", "/generate", sglang.generate, "lora_path"),
     _route("GET", "/health", management.health),
     _route("GET", "/ready", management.ready),
     _route("GET", "/version", management.version),

@@ -3,12 +3,13 @@ the field. An unknown field, and an unsupported one with a value that matters, i
 what OpenAI's and vLLM's clients send for a field that they leave out.
 """
 
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 from pydantic_core import PydanticUseDefault
 
 from jlora.errors import ParameterError
+from jlora.near import near
 
 TBody = TypeVar("TBody", bound="Body")
 
@@ -55,8 +56,9 @@ def parse_body(cls: type[TBody], data: bytes) -> TBody:
 
 def _explain(cls: type[Body], error: ValidationError) -> ParameterError:
     problem = error.errors(include_url=False, include_context=False)[0]
-    where = ".".join(str(part) for part in problem["loc"] if not str(part).startswith("function-"))
     kind, message = problem["type"], problem["msg"].removeprefix("Value error, ")
+    names, holder = _place(cls, problem["loc"])
+    where = ".".join(names)
     if kind == "json_invalid":
         return ParameterError(
             f"the body is not valid JSON: {message.removeprefix('Invalid JSON: ')}"
@@ -64,9 +66,31 @@ def _explain(cls: type[Body], error: ValidationError) -> ParameterError:
     if kind == "model_type":
         return ParameterError(f"{where or 'the body'}: a JSON object was expected", where or None)
     if kind == "extra_forbidden":
-        return ParameterError(f"unknown field {where!r}; check its spelling", where)
+        unknown = str(problem["loc"][-1])
+        where = ".".join((*names, unknown))
+        hint = near(unknown, holder.model_fields) or "check its spelling"
+        return ParameterError(f"unknown field {where!r}: {hint}", where)
     if kind == "missing":
         return ParameterError(f"the field {where!r} is required", where)
     got = "" if problem["loc"] == () else f" (got {str(problem['input'])[:80]!r})"
-    top = str(problem["loc"][0]) if problem["loc"] else None
-    return ParameterError(f"{where}: {message}{got}", top)
+    return ParameterError(f"{where}: {message}{got}", names[0] if names else None)
+
+
+def _place(cls: type[BaseModel], loc: tuple[int | str, ...]) -> tuple[list[str], type[BaseModel]]:
+    """The fields and indices of a location, without pydantic's names for the members of a union, and
+    the object that holds the last of them."""
+    names, holder = [], cls
+    for part in loc:
+        if isinstance(part, int):
+            names.append(str(part))
+        elif part in holder.model_fields:
+            names.append(part)
+            holder = _model_in(holder.model_fields[part].annotation) or holder
+    return names, holder
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    """The object type in an annotation such as `list[Message] | None`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next(filter(None, map(_model_in, get_args(annotation))), None)

@@ -65,13 +65,15 @@ def status_of(error: JloraError) -> int:
     return 409 if isinstance(error, ConflictError) else 400
 
 
-def answer(error: JloraError) -> Json:
-    """The HTTP answer to a user's mistake."""
+def answer(error: JloraError, adapter_field: str | None = None) -> Json:
+    """The HTTP answer to a user's mistake. `adapter_field` is what names an adapter on this route."""
     status = status_of(error)
     param = getattr(error, "param", None)
     kind = None
+    if param is None and isinstance(error, AdapterError | ConflictError):
+        param = adapter_field
     if isinstance(error, UnknownModelError):
-        param = "model"
+        param = adapter_field or "model"
     elif isinstance(error, AdapterError) and status == 400:
         kind = "InvalidUserInput"
     headers = {"WWW-Authenticate": "Bearer"} if status == 401 else None

@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
 from jlora.adapters.store import AdapterEntry, Drain, allowed_path
-from jlora.errors import AdapterError, ConflictError, JloraError
+from jlora.errors import AdapterError, AdapterNotFound, JloraError
 from jlora.llm import LLM
 from jlora.server.errors import HttpError, Json, status_of
 from jlora.server.protocol import LoadBody, UnloadBody
@@ -40,11 +40,11 @@ async def _load(request: Request) -> AdapterEntry:
     body = await read(request, LoadBody)
     if not (body.adapter and body.path):
         param = "lora_path" if body.adapter else "lora_name"
-        raise HttpError(400, "Both 'lora_name' and 'lora_path' must be provided.", param)
+        raise AdapterError("Both 'lora_name' and 'lora_path' must be provided.", param)
     _check_not_merged(service, body.adapter)
 
     def work() -> AdapterEntry:
-        path = _locate(body.path, service.options.lora_dir)
+        path = _locate(body.adapter, body.path, service.options.lora_dir)
         return service.llm.store.load(
             body.adapter, path, pinned=body.pinned, replace=body.load_inplace
         )
@@ -53,15 +53,19 @@ async def _load(request: Request) -> AdapterEntry:
     return await loop.run_in_executor(service.loaders, work)
 
 
-def _locate(path: str, roots: tuple[str, ...]) -> str:
-    """The checked real path; a relative one may be below any of the roots."""
-    candidates = [path] if os.path.isabs(path) else [os.path.join(root, path) for root in roots]
-    for candidate in candidates[:-1]:
+def _locate(name: str, path: str, roots: tuple[str, ...]) -> str:
+    """The checked real path. A relative one counts from any of the roots or, as with vLLM, from the
+    server's working directory. Errors speak of the path that was sent."""
+    below = [] if os.path.isabs(path) else [os.path.join(root, path) for root in roots]
+    errors: list[AdapterError] = []
+    for candidate in (*below, path):
         try:
             return str(allowed_path(candidate, roots))
-        except AdapterError:
-            continue
-    return str(allowed_path(candidates[-1], roots))
+        except AdapterError as error:
+            errors.append(error)
+    if any(isinstance(error, AdapterNotFound) for error in errors):
+        raise AdapterNotFound(f"Loading lora {name} failed: No adapter found for {path}")
+    raise errors[-1]
 
 
 async def _unload(request: Request) -> Drain:
@@ -70,8 +74,8 @@ async def _unload(request: Request) -> Drain:
     _gate(service)
     body = await read(request, UnloadBody)
     if not body.adapter:
-        raise HttpError(
-            400, "'lora_name' needs to be provided to unload a LoRA adapter.", "lora_name"
+        raise AdapterError(
+            "'lora_name' needs to be provided to unload a LoRA adapter.", "lora_name"
         )
     _check_not_merged(service, body.adapter)
     drain = service.llm.store.unload(body.adapter)
@@ -85,7 +89,8 @@ async def _unload(request: Request) -> Drain:
 
 def _check_not_merged(service: Service, name: str) -> None:
     if _merged(service.llm) == name:
-        raise ConflictError(f"adapter '{name}' is merged into the weights; unmerge it first")
+        message = f"adapter '{name}' is merged into the weights; unmerge it first"
+        raise HttpError(409, message, "lora_name")
 
 
 def _freed(drain: Drain) -> str:

@@ -62,8 +62,15 @@ async def completions(request: Request) -> Response:
 
 
 async def chat(request: Request) -> Response:
-    service = service_of(request)
     body = await read(request, ChatBody)
+    try:
+        return await _chat(request, body)
+    except ParameterError as error:
+        raise body.in_own_words(error) from None
+
+
+async def _chat(request: Request, body: ChatBody) -> Response:
+    service = service_of(request)
     params = body.params()
     entry = await service.find(body.model, body.lora_path)
     ids = await asyncio.to_thread(encode_chat, service, body, entry, bool(body.add_special_tokens))

@@ -317,7 +317,7 @@ class ChatBody(Generation, Conversation):
     }
 
     def params(self) -> SamplingParams:
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise ParameterError("top_logprobs needs logprobs=true", "top_logprobs")
         if self.echo:
             raise ParameterError("echo is not supported in chat; use /v1/completions", "echo")
@@ -329,6 +329,16 @@ class ChatBody(Generation, Conversation):
         return self.sampling(
             logprobs=(self.top_logprobs or 0) if self.logprobs else None, max_tokens=limit
         )
+
+    def in_own_words(self, error: ParameterError) -> ParameterError:
+        """An error of the engine's about the field that a chat has for it. Its text starts with the name."""
+        names = {"logprobs": "top_logprobs"}
+        if self.max_completion_tokens is not None:
+            names["max_tokens"] = "max_completion_tokens"
+        own = names.get(error.param or "")
+        if own is None or getattr(self, own) is None:
+            return error
+        return ParameterError(own + str(error).removeprefix(error.param or ""), own)
 
 
 class TokenizeBody(Body):

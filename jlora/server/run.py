@@ -33,6 +33,7 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self._service = service
         self._on_start = on_start
+        self._hurried = False
         self.failure: str | None = None
         """Why the server ended by itself."""
 
@@ -43,7 +44,12 @@ class Server(uvicorn.Server):
             self._on_start()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        super().handle_exit(sig, frame)  # a second Ctrl-C ends at once
+        """The first signal drains, the second cuts what still runs, a third Ctrl-C leaves at once."""
+        if self._service.draining and not self._hurried:
+            self._hurried = True
+            self._loop.call_soon_threadsafe(self._service.cut)
+            return
+        super().handle_exit(sig, frame)
         self.stop()
 
     async def on_tick(self, counter: int) -> bool:

@@ -40,7 +40,7 @@ async def generate(request: Request) -> Response:
     handed_on = False
     try:
         for part in parts:
-            adapter = await service.find(part.lora_path)
+            adapter = await service.find(part.lora_path or None)  # "" is SGLang's base too
             streams.append(service.stream([part.ids], part.params, adapter))
         if not body.stream:
             for stream in streams:
@@ -72,7 +72,7 @@ def parts_of(service: Service, body: SGLangBody) -> tuple[list[Part], bool]:
         many = isinstance(body.text, list)
         texts = body.text if isinstance(body.text, list) else [body.text]
         names = _each(body.lora_path, len(texts), "lora_path")
-        own = [service.llm.tokenizer_of(service.resolve(name)) for name in names]
+        own = [service.llm.tokenizer_of(service.resolve(name or None)) for name in names]
         prompts = [tokenizer.encode(text) for tokenizer, text in zip(own, texts, strict=True)]
     else:
         ids: list[Any] = list(body.input_ids or ())

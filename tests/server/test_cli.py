@@ -5,12 +5,14 @@ import importlib
 import io
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from jlora.cli import build_parser, field_docs, parse
 from jlora.errors import ParameterError
 from jlora.generate import GenerateOptions
+from jlora.llm import LLM
 from jlora.options import (
     LoraModule,
     ModelOptions,
@@ -19,6 +21,9 @@ from jlora.options import (
     parse_lora_module,
     parse_pages,
 )
+from jlora.serve import welcome
+from jlora.tokenizer import Tokenizer
+from tests.server.fakes import fake_llm
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "serve").glob("*.toml"))
 
@@ -139,6 +144,50 @@ def test_every_unknown_flag_is_named_and_a_stray_word_is_no_flag():
     assert "--prt: did you mean --port?" in line
     assert "--max-lora: did you mean --max-loras" in line
     assert "unexpected argument 'word'" in refused(["--port", "1", "word"])
+
+
+@pytest.mark.parametrize(
+    ("flag", "why"),
+    [
+        ("--max-lora-rank", "any rank"),
+        ("--lora-dtype", "--dtype"),
+        ("--trust-remote-code", "never run"),
+        ("--enable-chunked-prefill", "--max-num-batched-tokens"),
+    ],
+)
+def test_a_flag_of_vllms_that_is_not_needed_says_why(tmp_path: Path, flag: str, why: str):
+    assert why in refused([flag, "64"])
+    key = flag.removeprefix("--")
+    options: dict[str, Any] = {key.replace("-", "_"): 64}
+    assert why in refused(write(tmp_path, f"{key} = 64"))
+    with pytest.raises(ParameterError, match=why):
+        LLM("folder", **options)
+
+
+def test_a_model_in_the_place_where_vllm_has_it_is_told_where_it_goes():
+    assert "write --model ./llama" in refused(["./llama", "--port", "1"])
+
+
+@pytest.mark.parametrize(
+    ("param", "argv"),
+    [
+        ("merge", ["--merge", "nope"]),
+        ("merge", ["--model", "m", "--lora-modules", "a=/a", "--merge", "shout"]),
+        ("lora", ["hello", "--lora", "nope"]),
+    ],
+)
+def test_an_adapter_that_is_not_there_is_told_before_the_model_is_loaded(
+    param: str, argv: list[str]
+):
+    line = refused(argv, GenerateOptions if param == "lora" else ServeOptions)
+    assert f"{param}: no adapter is named" in line
+    assert ("a" if "--model" in argv else "shout, json, pirate") in line.rpartition(":")[2]
+
+
+@pytest.mark.parametrize("name", ["shout", "SmolLM2-135M-Instruct:json", "shout*0.5+json*0.5", "a"])
+def test_adapters_of_the_start_may_be_named_as_in_requests(name: str):
+    got = parse(GenerateOptions, ["hello", "--lora", name, "--lora-modules", "a=/a"])
+    assert got.lora == name
 
 
 def write(tmp_path: Path, text: str, name: str = "c.toml") -> list[str]:
@@ -279,3 +328,26 @@ def test_a_path_with_an_equals_sign_keeps_it():
     assert parse_lora_module("a=/x=y").path == "/x=y"
     with pytest.raises(ParameterError):
         parse_lora_module("a=")
+
+
+@pytest.mark.parametrize(
+    ("address", "shown"),
+    [
+        ("http://0.0.0.0:8000", "curl http://127.0.0.1:8000/"),
+        ("http://[::]:8000", "curl http://[::1]:8000/"),
+        ("http://10.0.0.1:8000", "curl http://10.0.0.1:8000/"),
+    ],
+)
+def test_the_line_to_try_works_on_this_machine(
+    address: str, shown: str, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.delenv("JLORA_API_KEY", raising=False)
+    with fake_llm(tokenizer) as llm:
+        assert shown in welcome(llm, ServeOptions(), address)
+        assert "Authorization" not in welcome(llm, ServeOptions(), address)
+        given = welcome(llm, ServeOptions(api_key=("secret",)), address)
+        assert "Bearer KEY" in given
+        monkeypatch.setenv("JLORA_API_KEY", "secret")
+        given += welcome(llm, ServeOptions(api_key=("secret",)), address)
+        assert "Bearer $JLORA_API_KEY" in given
+        assert "secret" not in given

@@ -92,8 +92,13 @@ MISTAKES: list[tuple[str, dict[str, Any], int, str | None]] = [
     (H, {**CHAT, "chat_template": "{{ 1 }}"}, 400, "chat_template"),
     (H, {**CHAT, "chat_template_kwargs": {"messages": []}}, 400, "chat_template_kwargs"),
     (H, {**CHAT, "top_logprobs": 2}, 400, "top_logprobs"),
-    (H, {**CHAT, "logprobs": True, "top_logprobs": 21}, 400, "logprobs"),
+    (H, {**CHAT, "logprobs": True, "top_logprobs": 21}, 400, "top_logprobs"),
     (H, {**CHAT, "max_tokens": 0}, 400, "max_tokens"),
+    (H, {**CHAT, "max_tokens": 300}, 400, "max_tokens"),
+    (H, {**CHAT, "max_completion_tokens": 0}, 400, "max_completion_tokens"),
+    (H, {**CHAT, "max_completion_tokens": 300}, 400, "max_completion_tokens"),
+    (C, {**PROMPT, "model": "shout*2+shout*1"}, 400, "model"),
+    (C, {**PROMPT, "model": "shout*1e9"}, 400, "model"),
     (H, {**CHAT, "echo": True}, 400, "echo"),
     (H, {**CHAT, "nonsense": None}, 400, "nonsense"),
     ("/generate", {}, 400, "text"),
@@ -103,12 +108,22 @@ MISTAKES: list[tuple[str, dict[str, Any], int, str | None]] = [
     ("/generate", {"text": ["a", "b"], "stream": True}, 400, "stream"),
     ("/generate", {"text": ["a", "b"], "lora_path": ["shout"]}, 400, "lora_path"),
     ("/generate", {"text": "a", "image_data": "x"}, 400, "image_data"),
+    ("/generate", {"text": "a", "lora_path": "nobody"}, 404, "lora_path"),
     ("/tokenize", {}, 400, "prompt"),
     ("/tokenize", {"prompt": "x", "model": "nobody"}, 404, "model"),
     ("/detokenize", {"tokens": [10**9]}, 400, "tokens"),
     ("/detokenize", {"tokens": "x"}, 400, "tokens"),
     ("/v1/load_lora_adapter", {"lora_name": 5, "lora_path": "x"}, 400, "lora_name"),
     ("/v1/load_lora_adapter", {"lora_name": "a", "lora_path": "x", "evil": 1}, 400, "evil"),
+    ("/v1/load_lora_adapter", {"lora_path": "x"}, 400, "lora_name"),
+    ("/v1/load_lora_adapter", {"lora_name": "x"}, 400, "lora_path"),
+    ("/v1/load_lora_adapter", {"lora_name": "a", "lora_path": "absent"}, 404, "lora_path"),
+    ("/v1/load_lora_adapter", {"lora_name": "a", "lora_path": "/etc"}, 400, "lora_path"),
+    ("/v1/load_lora_adapter", {"lora_name": "tiny", "lora_path": "shout"}, 400, "lora_name"),
+    ("/v1/load_lora_adapter", {"lora_name": "shout", "lora_path": "shout"}, 400, "lora_name"),
+    ("/v1/load_lora_adapter", {"lora_name": "a/b", "lora_path": "shout"}, 400, "lora_name"),
+    ("/v1/unload_lora_adapter", {}, 400, "lora_name"),
+    ("/v1/unload_lora_adapter", {"lora_name": "ghost"}, 404, "lora_name"),
 ]
 
 
@@ -126,6 +141,53 @@ def test_every_mistake_is_a_4xx_that_names_its_field(server: Running):
     assert not server.engine.active
 
 
+@pytest.mark.parametrize(
+    ("path", "body", "field", "meant"),
+    [
+        (C, PROMPT, "max_token", "did you mean max_tokens?"),
+        (C, PROMPT, "topK", "did you mean top_k"),
+        (C, PROMPT, "quux", "check its spelling"),
+        (H, CHAT, "max_completions_tokens", "did you mean max_completion_tokens"),
+        ("/generate", {"text": "a"}, "lora", "did you mean lora_path?"),
+        (
+            "/generate",
+            {"text": "a"},
+            "sampling_params.max_tokens",
+            "did you mean max_new_tokens",
+        ),
+        (C, {**PROMPT, "stream": True}, "stream_options.usage", "check its spelling"),
+        ("/v1/unload_lora_adapter", {"lora_name": "a"}, "lora_names", "did you mean lora_name"),
+    ],
+)
+def test_an_unknown_field_is_answered_with_the_nearest_ones(
+    server: Running, path: str, body: dict[str, Any], field: str, meant: str
+):
+    outer, _, inner = field.partition(".")
+    error = server.post(path, {**body, outer: {inner: 1} if inner else 1}).json()["error"]
+    assert error["message"].startswith(f"unknown field {field!r}: {meant}")
+    assert error["param"] == field
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "start"),
+    [
+        (C, {**PROMPT, "stop": 5}, "stop: "),
+        (C, {**PROMPT, "logit_bias": {"5": "x"}}, "logit_bias: "),
+        (H, {**CHAT, "messages": [{"role": "user", "content": 5}]}, "messages.0.content: "),
+        (H, {**CHAT, "messages": [{"role": 1, "content": "x"}]}, "messages.0.role: "),
+        ("/generate", {"text": "a", "sampling_params": {"n": 0}}, "sampling_params.n: "),
+        ("/generate", {"text": "a", "lora_path": 5}, "lora_path: "),
+        ("/generate", {"input_ids": ["x"]}, "input_ids.0: "),
+    ],
+)
+def test_an_error_names_fields_as_the_client_wrote_them(
+    server: Running, path: str, body: dict[str, Any], start: str
+):
+    error = server.post(path, body).json()["error"]
+    assert error["message"].startswith(start)
+    assert start.startswith(error["param"])
+
+
 def test_harmless_values_of_unsupported_fields_are_accepted(server: Running):
     """What bench clients and SDKs send without meaning anything by it."""
     body = {
@@ -139,6 +201,7 @@ def test_harmless_values_of_unsupported_fields_are_accepted(server: Running):
         "service_tier": "auto",
         "parallel_tool_calls": True,
         "logprobs": None,
+        "top_logprobs": 0,
         "best_of": 1,
         "max_tokens": 1,
         "spaces_between_special_tokens": True,

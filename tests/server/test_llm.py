@@ -1,7 +1,11 @@
 """`LLM` in vLLM's Python shape, on the fake engine."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,6 +13,7 @@ import pytest
 from jlora.engine.params import SamplingParams
 from jlora.errors import AdapterNotFound, ParameterError
 from jlora.llm import LLM
+from jlora.options import ModelOptions
 from jlora.outputs import LoRARequest
 from jlora.tokenizer import Tokenizer
 from tests.server.fakes import BASE_TEXT, FakeEngine, fake_llm, write_adapter
@@ -144,3 +149,63 @@ def test_closing_a_stream_aborts_what_runs(llm: LLM):
 def test_unknown_options_are_refused_before_anything_is_loaded():
     with pytest.raises(ParameterError, match="max_lora"):
         LLM("folder", max_lora=3)
+
+
+@pytest.mark.parametrize("name", ["tensor_parallel_size", "tp_size", "mesh"])
+def test_options_go_by_the_names_of_vllms_and_sglangs_flags_too(
+    name: str, monkeypatch: pytest.MonkeyPatch
+):
+    seen: list[ModelOptions] = []
+
+    def build(options: ModelOptions, progress: object = None) -> object:
+        seen.append(options)
+        raise ParameterError("enough")
+
+    given: dict[str, Any] = {"enable_lora": True, "max_loras_per_batch": 3, name: 2}
+    given["lora_paths"] = {"a": "/a"}
+    monkeypatch.setitem(sys.modules, "jlora.build", SimpleNamespace(build_engine=build))
+    with pytest.raises(ParameterError, match="enough"):
+        LLM("folder", **given)
+    (options,) = seen
+    assert (options.mesh, options.max_loras, options.lora_modules) == (2, 3, ("a=/a",))
+    with pytest.raises(ParameterError, match="max_loras twice"):
+        LLM("folder", max_loras=3, max_loras_per_batch=3)
+    with pytest.raises(ParameterError, match="did you mean max_loras"):
+        LLM("folder", max_lora=3)
+    with pytest.raises(ParameterError, match="enable_lora"):
+        LLM("folder", enable_lora=False)
+
+
+def test_what_is_no_prompt_or_no_lora_request_is_named(llm: LLM):
+    for prompts in (5, None, [None], [3.5], {"text": "x"}):
+        with pytest.raises(ParameterError, match="prompt"):
+            llm.generate(prompts)  # type: ignore[arg-type]
+    for lora in ("shout", ["shout"], 1):
+        with pytest.raises(ParameterError, match="LoRARequest"):
+            llm.generate(["x"], lora_request=lora)  # type: ignore[arg-type]
+        with pytest.raises(ParameterError, match="LoRARequest"):
+            llm.chat([{"role": "user", "content": "x"}], lora_request=lora)  # type: ignore[arg-type]
+
+
+def test_vllms_use_tqdm_changes_nothing(llm: LLM):
+    messages = [{"role": "user", "content": "hello"}]
+    for wanted in (True, False):
+        assert llm.generate("a", LONG, use_tqdm=wanted)[0].outputs
+        assert llm.chat(messages, LONG, use_tqdm=wanted)[0].outputs
+
+
+def test_a_mesh_of_cpu_devices_needs_no_flag_in_the_environment():
+    """In a process of its own: jax reads the flag once."""
+    code = (
+        "import sys\nfrom types import SimpleNamespace\nfrom jlora import LLM\n"
+        "assert 'jax' not in sys.modules\n"
+        "def build(options, progress=None):\n"
+        "    import jax\n    print(jax.device_count())\n    sys.exit()\n"
+        "sys.modules['jlora.build'] = SimpleNamespace(build_engine=build)\n"
+        "LLM('folder', tensor_parallel_size=3)"
+    )
+    env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=env | {"PYTHONPATH": os.getcwd()}, capture_output=True, text=True
+    )  # fmt: skip
+    assert done.stdout == "3\n", done.stderr

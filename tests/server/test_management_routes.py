@@ -68,14 +68,42 @@ def test_a_relative_path_is_below_a_root(server: Running):
     assert say(server, "deep") == "deep"
 
 
+def test_a_relative_path_may_count_from_the_servers_working_directory(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+):
+    write_adapter(server.adapters / "cat", "Meow")
+    monkeypatch.chdir(server.adapters.parent)
+    load(server, "a", "adapters/cat")
+    load(server, "b", "./adapters/cat")
+    assert say(server, "a") == say(server, "b") == "Meow"
+
+
+def test_the_working_directory_is_no_root(server: Running, monkeypatch: pytest.MonkeyPatch):
+    outside = write_adapter(server.adapters.parent / "outside", "secret")
+    monkeypatch.chdir(server.adapters.parent)
+    for path in ("outside", "./outside", "adapters/../outside", "absent"):
+        got = server.post("/v1/load_lora_adapter", {"lora_name": "x", "lora_path": path})
+        error = got.json()["error"]
+        assert got.status_code in (400, 404)
+        assert str(outside) not in error["message"]
+    assert error["message"] == "Loading lora x failed: No adapter found for absent"
+    assert "x" not in names(server)
+
+
 @pytest.mark.parametrize(
     ("name", "path", "status", "kind", "words"),
     [
-        ("", "x", 400, None, "Both 'lora_name' and 'lora_path'"),
-        ("x", "", 400, None, "Both 'lora_name' and 'lora_path'"),
+        ("", "x", 400, "InvalidUserInput", "Both 'lora_name' and 'lora_path'"),
+        ("x", "", 400, "InvalidUserInput", "Both 'lora_name' and 'lora_path'"),
         ("tiny", "shout", 400, "InvalidUserInput", "conflicts with a served base model"),
         ("shout", "whisper", 400, "InvalidUserInput", "already been loaded"),
-        ("new", "absent", 404, "NotFoundError", "No adapter found"),
+        (
+            "new",
+            "absent",
+            404,
+            "NotFoundError",
+            "Loading lora new failed: No adapter found for absent",
+        ),
         ("new", "broken", 400, "InvalidUserInput", "not JSON"),
         ("new", "empty", 400, "InvalidUserInput", "text.txt is missing"),
         ("a/b", "shout", 400, "InvalidUserInput", "not allowed"),

@@ -47,6 +47,12 @@ def test_generate_takes_batches_with_an_adapter_each(server: Running):
     assert one["text"] == BASE_TEXT
 
 
+def test_generate_takes_an_empty_lora_path_for_the_base(server: Running):
+    none, empty = ({"text": "x", "lora_path": path} for path in (None, ""))
+    texts = [server.post("/generate", body).json()["text"] for body in (none, empty)]
+    assert texts[0] == texts[1]
+
+
 def test_generate_streams_the_text_so_far(server: Running):
     body = {"text": "a", "lora_path": "shout", "stream": True, "sampling_params": SAMPLING}
     lines = server.post("/generate", body).text.strip().split("\n\n")
@@ -242,6 +248,25 @@ def test_stopping_cuts_what_outlives_the_timeout(launch: Callable[..., Running])
     server.wait(lambda: not server.engine.active)
     asking.join(10)
     assert got[0].json()["choices"][0]["finish_reason"] == "abort"
+
+
+def test_a_second_signal_cuts_what_still_runs(launch: Callable[..., Running]):
+    server = launch(shutdown_timeout=60.0)
+    server.engine.hold()
+    got: list[httpx.Response] = []
+    body = {"model": "shout", "prompt": "x"}
+    asking = threading.Thread(target=lambda: got.append(server.post("/v1/completions", body)))
+    asking.start()
+    server.wait(lambda: server.engine.active)
+    server.server.handle_exit(signal.SIGINT, None)
+    asking.join(0.5)
+    assert not got
+    server.server.handle_exit(signal.SIGINT, None)
+    asking.join(10)
+    assert got[0].json()["choices"][0]["finish_reason"] == "abort"
+    server.thread.join(10)
+    assert not server.thread.is_alive()
+    assert not server.server.force_exit
 
 
 PROGRAM = """
