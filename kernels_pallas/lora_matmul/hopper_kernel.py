@@ -304,11 +304,20 @@ class Kernel:
         t, rows, parts = self.t, self.block, self.parts
         steps = self.width // 64 // t.slices
 
-        def unit(i: jax.Array, n: jax.Array) -> jax.Array:
+        def place(i: jax.Array | int) -> tuple[jax.Array, jax.Array, jax.Array]:
             index = self._last_first() + i * self.sms
-            q, rest = lax.rem(index, jnp.int32(t.slices)), index // t.slices
+            rest = index // t.slices
             m, g = lax.rem(rest, jnp.int32(self.row_blocks)), rest // self.row_blocks
-            ids = [pages[g * t.group + j] for j in range(t.group)]
+            return lax.rem(index, jnp.int32(t.slices)), m, g
+
+        def page_ids(i: jax.Array | int) -> list[jax.Array]:
+            """Asked for before it is known whether there is such a unit: nothing waits for both."""
+            first = lax.min(place(i)[2] * t.group, jnp.int32(self.pages - t.group))
+            return [pages[first + j] for j in range(t.group)]
+
+        def unit(i: jax.Array, carry: Any) -> Any:
+            n, *ids = carry
+            q, m, g = place(i)
 
             def issue(k: jax.Array | int) -> None:
                 slot = lax.rem(n + k, jnp.int32(t.shrink_stages))
@@ -348,10 +357,11 @@ class Kernel:
                     values = acc[:, column * PAGE : (column + 1) * PAGE]
                     own = lax.broadcast_in_dim(owns[j][column // parts], values.shape, [0])
                     p.at[q, g * t.group * parts + column, at][...] = values * own
-            return n + steps
+            return n + steps, *page_ids(i + 1)
 
+        first = page_ids(0)
         total = _cdiv(active, t.group) * t.slices * self.row_blocks
-        lax.fori_loop(0, self._units_of_block(total), unit, jnp.int32(0))
+        lax.fori_loop(0, self._units_of_block(total), unit, (jnp.int32(0), *first))
 
     def _mask(self, mask: Any, m: jax.Array, j: int, page: jax.Array) -> jax.Array:
         at = pl.ds((m * self.wgs + j) * 64, 64)
