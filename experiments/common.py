@@ -17,7 +17,9 @@ from jlora.benchmark.results import Group as Group
 from jlora.benchmark.results import read_groups as read_groups
 
 ROOT = Path(__file__).parent.parent
-SCALES = ("smoke", "cpu", "h100", "h200x2")
+SCALES = ("smoke", "cpu", "h100", "h200", "h200x2")
+RECIPES = {"h200": "h100"}
+"""Scales that run another one's recipes."""
 
 Plot = Callable[[Any, list[Group]], None]
 """Draws results on a matplotlib figure."""
@@ -36,7 +38,7 @@ class Experiment:
 
     def config(self, scale: str) -> Path:
         """The recipe of a scale."""
-        return ROOT / "configs" / "bench" / scale / f"{self.folder.name}.toml"
+        return recipe(self.folder.name, scale)
 
     def results(self, scale: str) -> Path:
         """The raw results of a scale."""
@@ -79,13 +81,18 @@ class Experiment:
                 return status
         return 0
 
-    def show(self, out: Path) -> None:
+    def show(self, out: Path, *, plots: bool = True) -> None:
         """Tables on stdout and the plot beside the results."""
         groups = read_groups(out)
         for group in groups:
             print_table(group.rows, f"{self.folder.name}, {group.session['model']}")
-        if groups and self.plot is not None:
+        if plots and groups and self.plot is not None:
             draw(self.plot, groups, out.with_suffix(".svg"))
+
+
+def recipe(name: str, scale: str) -> Path:
+    """The recipe of an experiment at a scale."""
+    return ROOT / "configs" / "bench" / RECIPES.get(scale, scale) / f"{name}.toml"
 
 
 def markdown(group: Group) -> str:
@@ -129,8 +136,18 @@ def _ms(value: float) -> str:
 def run(command: Sequence[str]) -> int:
     """A child process from the repository's root; gives its exit status."""
     print("+", *command, flush=True)
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL).returncode
+    with subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL) as child:
+        while True:
+            try:
+                return child.wait()
+            except KeyboardInterrupt:  # the child has it, too: it keeps what is done, and ends
+                continue
+
+
+def environment() -> dict[str, str]:
+    """This process's, in which this checkout is found first."""
+    paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    return {**os.environ, "PYTHONPATH": paths}
 
 
 def draw(plot: Plot, groups: list[Group], path: Path) -> None:

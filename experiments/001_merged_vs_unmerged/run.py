@@ -27,5 +27,7 @@ def plot(figure: Any, groups: list[Group]) -> None:
     axes.legend(frameon=False)
 
 
+EXPERIMENT = Experiment(folder=Path(__file__).parent, plot=plot)
+
 if __name__ == "__main__":
-    sys.exit(Experiment(folder=Path(__file__).parent, plot=plot).main())
+    sys.exit(EXPERIMENT.main())

@@ -26,5 +26,7 @@ def plot(figure: Any, groups: list[Group]) -> None:
     plot_ratios(figure, rows, labels, f"{rows[0]['adapters']} adapters of these ranks")
 
 
+EXPERIMENT = Experiment(folder=Path(__file__).parent, plot=plot)
+
 if __name__ == "__main__":
-    sys.exit(Experiment(folder=Path(__file__).parent, plot=plot).main())
+    sys.exit(EXPERIMENT.main())

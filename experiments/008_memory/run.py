@@ -31,5 +31,7 @@ def plot(figure: Any, groups: list[Group]) -> None:
     axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
 
 
+EXPERIMENT = Experiment(folder=Path(__file__).parent, plot=plot, variants=VARIANTS)
+
 if __name__ == "__main__":
-    sys.exit(Experiment(folder=Path(__file__).parent, plot=plot, variants=VARIANTS).main())
+    sys.exit(EXPERIMENT.main())

@@ -106,6 +106,11 @@ class Schedule:
     def __len__(self) -> int:
         return self.repeats * len(self.loads) * len(self.cases)
 
+    @property
+    def keys(self) -> frozenset[str]:
+        """Of all its measurements."""
+        return frozenset(key(*step) for step in self.steps())
+
 
 class Subject(Protocol):
     """What is measured: its targets by case, and what it says about itself."""
