@@ -12,14 +12,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiments.common import SCALES, Experiment, recipe, run
+from experiments.common import MORE_LEFT, SCALES, Experiment, recipe, run
 from jlora.benchmark.options import BenchOptions
 from jlora.benchmark.recipes import BY_NAME, differences
 from jlora.cli import parse
 
 HERE = Path(__file__).parent
-MORE_LEFT = 75
-"""As of jlora.bench."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +38,7 @@ class Process:
             (name,) = self.names
             command = [sys.executable, str(HERE / name / "run.py"), "--scale", scale]
             command += ["--out", str(out / f"{name}.jsonl")] if out else []
-        return command if left is None else [*command, "--stop-after", f"{left:.0f}"]
+        return command if left is None else [*command, "--stop-after", f"{max(left, 1):.0f}"]
 
 
 def results(name: str, scale: str) -> Path:

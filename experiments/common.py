@@ -7,6 +7,7 @@ import os
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,9 @@ ROOT = Path(__file__).parent.parent
 SCALES = ("smoke", "cpu", "h100", "h200", "h200x2")
 RECIPES = {"h200": "h100"}
 """Scales that run another one's recipes."""
+
+MORE_LEFT = 75
+"""Exit status when --stop-after cut the run, as of jlora.bench."""
 
 Plot = Callable[[Any, list[Group]], None]
 """Draws results on a matplotlib figure."""
@@ -72,11 +76,15 @@ class Experiment:
             return status
         if not self.config(scale).exists():
             return 0
+        started = time.monotonic()
         for flags in self.variants:
             command = [sys.executable, "-m", "jlora.bench", "--config", str(self.config(scale))]
             command += ["--out", str(out), *flags]
             if stop_after is not None:
-                command += ["--stop-after", str(stop_after)]
+                left = stop_after - (time.monotonic() - started)
+                if left <= 0:
+                    return MORE_LEFT
+                command += ["--stop-after", f"{max(left, 1):.0f}"]
             if status := run(command):
                 return status
         return 0
