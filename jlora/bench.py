@@ -169,16 +169,28 @@ async def run(
     """Measure under a progress bar. Gives whether everything is measured."""
     options, results = recipe.options, recipe.results
     what = f"measurements {recipe.name[:3]}".strip()
-    total, done = len(schedule), len(schedule.keys & results.keys)
+    total, done, sent = len(schedule), len(schedule.keys & results.keys), 0
     bars(what, done, total)
     if done >= total:
         return True
+
+    def on_request(count: int | None) -> None:
+        """Moves the bar within a measurement, so that it can say when it will be over."""
+        nonlocal sent
+        sent += 1
+        bars(what, done + min(0.99, sent / count if count else 0.0), total)
+
     measured = measure(
-        subject, workload, schedule, skip=results.keys, others_limit=options.others_limit
+        subject,
+        workload,
+        schedule,
+        skip=results.keys,
+        others_limit=options.others_limit,
+        on_request=on_request,
     )
     async for one in measured:
         results.add(one)
-        done += 1
+        done, sent = done + 1, 0
         bars(what, done, total)
         if done < total and is_late(recipe, started):
             return False
