@@ -18,6 +18,8 @@ from jlora.benchmark.recipes import BY_NAME, differences
 from jlora.cli import parse
 
 HERE = Path(__file__).parent
+WITHOUT_RECIPES = {"011_isolation": ("smoke", "cpu", "h100", "h200")}
+"""Experiments that are more than recipes, and their scales."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +57,8 @@ def folders(wanted: Sequence[str], scale: str) -> list[str]:
     """Names of experiments by how they begin, in this order; without any: all that the scale has."""
     every = sorted(path.parent.name for path in HERE.glob("[0-9]*/run.py"))
     if not wanted:
-        return [name for name in every if recipe(name, scale).exists()]
+        own = {name for name, scales in WITHOUT_RECIPES.items() if scale in scales}
+        return [name for name in every if name in own or recipe(name, scale).exists()]
     found = []
     for text in wanted:
         begin = [name for name in every if name.startswith(text)]

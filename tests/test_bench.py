@@ -21,6 +21,7 @@ from jlora.benchmark import merged
 from jlora.benchmark.adapters import write_random_adapter, write_random_adapters
 from jlora.benchmark.load import Run, Timing, closed_loop, open_loop, run_of, time_request
 from jlora.benchmark.options import BenchOptions
+from jlora.benchmark.report import spread
 from jlora.benchmark.rounds import Case, Measurement, Schedule, measure, summarise
 from jlora.benchmark.targets import HttpTarget
 from jlora.benchmark.workload import Request, Workload
@@ -270,6 +271,13 @@ def test_ratios_are_medians_of_ratios_within_a_round():
 def test_without_base_there_is_no_ratio():
     (row,) = summarise([Measurement(round=0, case=unmerged("x"), load=1, run=run_at(5))])
     assert row["ratio_to_base"] is None
+
+
+def test_a_run_that_no_request_came_in_is_no_error():
+    base = [Measurement(round=n, case=BASE, load=1, run=run_of([], 1.0)) for n in range(2)]
+    (row,) = summarise(base)
+    assert (row["tok_s"], row["ratio_to_base"]) == (0, None)
+    assert spread(row["tok_s_rounds"]) == "-"
 
 
 # ---- over HTTP ---------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,8 +14,11 @@ from experiments import all as experiments_all
 from experiments import common
 from jlora import bench
 from jlora.benchmark import report
+from jlora.benchmark.load import run_of
 from jlora.benchmark.options import BenchOptions
 from jlora.benchmark.recipes import differences, read_recipes
+from jlora.benchmark.results import Results
+from jlora.benchmark.rounds import Case, Measurement
 from jlora.llm import LLM
 
 ENGINE = """
@@ -191,7 +195,10 @@ def test_experiments_of_a_gpu_need_few_engines():
 
 def test_without_names_a_scale_runs_what_it_has_recipes_for():
     assert experiments_all.folders([], "h200x2") == ["007_tensor_parallel"]
-    assert len(experiments_all.folders([], "smoke")) == 8
+    assert len(experiments_all.folders([], "smoke")) == 9
+    for name, scales in experiments_all.WITHOUT_RECIPES.items():
+        own = runpy.run_path(str(common.ROOT / "experiments" / name / "run.py"))["SCALES"]
+        assert set(scales) == set(own)
     with pytest.raises(SystemExit, match="'00'"):
         experiments_all.folders(["00"], "cpu")
 
@@ -237,3 +244,15 @@ def test_outside_of_a_checkout_the_environment_names_the_commit(
     assert report.commit() is None
     monkeypatch.setenv("JLORA_COMMIT", "abc")
     assert report.commit() == "abc"
+
+
+def test_a_disturbed_first_round_does_not_change_the_order_of_the_cases(tmp_path: Path):
+    results = Results(str(tmp_path / "r.jsonl"), {})
+    results.open_session({"commit": "c"})
+    base, one = Case(system="base"), Case(system="unmerged", adapters=1)
+    for number, case, others in ((0, base, 0.5), (0, one, 0.0), (1, one, 0.0), (1, base, 0.0)):
+        seen = {"others_cpu": others}
+        results.add(Measurement(round=number, load=1, case=case, run=run_of([], 1.0), seen=seen))
+    (group,) = common.read_groups(tmp_path / "r.jsonl")
+    assert [row["case"] for row in group.rows] == ["base", "unmerged 1"]
+    assert [len(row["tok_s_rounds"]) for row in group.rows] == [1, 2]

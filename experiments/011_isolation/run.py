@@ -52,6 +52,14 @@ class Scale:
 
 
 SCALES = {
+    "smoke": Scale(
+        clients=2, stream=(8, 8), seconds=1, gaps=(0.3,), places=1, rate=4.0, open=((8, 8),),
+        options={
+            "max_model_len": 64, "max_num_seqs": 4, "max_num_batched_tokens": 32,
+            "load_format": "dummy",
+        },
+        shape="tiny",
+    ),
     "cpu": Scale(
         clients=4, stream=(32, 48), seconds=20, gaps=(2.0,), places=4, rate=0.5, open=((32, 32),),
         options={"max_model_len": 256, "max_num_seqs": 8, "max_num_batched_tokens": 64},

@@ -66,7 +66,7 @@ def cell(key: str, row: dict[str, Any]) -> str:
 
 def spread(values: Sequence[float]) -> str:
     """Half of the range as a share of the median: what repeats differ by."""
-    if len(values) < 2:
+    if len(values) < 2 or not statistics.median(values):
         return "-"
     return f"±{(max(values) - min(values)) / 2 / statistics.median(values):.0%}"
 

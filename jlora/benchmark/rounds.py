@@ -226,7 +226,7 @@ def summarise(done: Sequence[Measurement]) -> list[dict[str, Any]]:
         ratios = [
             one.run.tok_s / base
             for one in group
-            if (base := bases.get((one.round, one.load))) is not None
+            if (base := bases.get((one.round, one.load)))  # 0: no request came in its time
         ]
         row: dict[str, Any] = {"case": label, **_facts(group[0].case), "load": load}
         for name in (found.name for found in fields(Run)):
