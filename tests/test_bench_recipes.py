@@ -17,7 +17,7 @@ from jlora.benchmark import report
 from jlora.benchmark.load import run_of
 from jlora.benchmark.options import BenchOptions
 from jlora.benchmark.recipes import differences, read_recipes
-from jlora.benchmark.results import Results
+from jlora.benchmark.results import Results, read_groups
 from jlora.benchmark.rounds import Case, Measurement
 from jlora.llm import LLM
 
@@ -74,7 +74,7 @@ def test_two_recipes_take_turns_in_one_engine_and_leave_a_file_each(
         ["base", "unmerged 1 r8"],
         ["base", "unmerged 3 distinct r8", "unmerged 3 distinct r4,8"],
     ]
-    first, second = (common.read_groups(tmp_path / f"{name}.jsonl") for name in ("first", "second"))
+    first, second = (read_groups(tmp_path / f"{name}.jsonl") for name in ("first", "second"))
     assert first[0].session["recipes"] == ["first", "second"]
     assert first[0].session["workload"]["adapters_n"] == [1]
     assert second[0].session["workload"]["adapters_n"] == [3]
@@ -253,6 +253,6 @@ def test_a_disturbed_first_round_does_not_change_the_order_of_the_cases(tmp_path
     for number, case, others in ((0, base, 0.5), (0, one, 0.0), (1, one, 0.0), (1, base, 0.0)):
         seen = {"others_cpu": others}
         results.add(Measurement(round=number, load=1, case=case, run=run_of([], 1.0), seen=seen))
-    (group,) = common.read_groups(tmp_path / "r.jsonl")
+    (group,) = read_groups(tmp_path / "r.jsonl")
     assert [row["case"] for row in group.rows] == ["base", "unmerged 1"]
     assert [len(row["tok_s_rounds"]) for row in group.rows] == [1, 2]

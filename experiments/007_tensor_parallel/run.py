@@ -7,7 +7,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from experiments.common import ROOT, Experiment, Group, environment, plot_ratios
+from experiments.common import ROOT, Experiment, environment
+from experiments.show import plot_ratios
+from jlora.benchmark.results import Group
 
 HERE = Path(__file__).parent
 MESHES = {"smoke": (1, 2), "cpu": (1, 2, 4)}

@@ -4,7 +4,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from experiments.common import Experiment, Group
+from experiments.common import Experiment
+from jlora.benchmark.results import Group
 
 VARIANTS = tuple(("--adapters", str(n), "--room", str(n)) for n in (1, 10, 40))
 
