@@ -23,7 +23,10 @@ def split(values: Sequence[str]) -> list[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class BenchOptions(ModelOptions):
-    """Random prompts over a model in this process or a server: systems and adapters compared in turns."""
+    """Random prompts over a model in this process or a server: systems and adapters compared in turns.
+
+    Several --config that agree in an engine's options are measured one after the other in one engine.
+    """
 
     shape: str | None = None
     """Random weights in a named shape instead of --model: tiny, smollm2-135m, llama-3.1-8b and others."""
