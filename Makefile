@@ -47,10 +47,7 @@ lint: .venv/.test
 # Into a folder that is deleted: the figures of a tiny random model mean nothing.
 experiments-smoke: .venv/.test
 	@out=$$(mktemp -d); trap 'rm -rf '$$out EXIT; \
-	for recipe in configs/bench/smoke/*.toml; do \
-	  name=$$(basename $$recipe .toml); \
-	  PYTHONPATH=. $(PY) experiments/$$name/run.py --scale smoke --out $$out/$$name.jsonl || exit 1; \
-	done
+	PYTHONPATH=. $(PY) -m experiments.all --scale smoke --out $$out
 
 report: .venv/.test
 	PYTHONPATH=. $(PY) -m experiments.report

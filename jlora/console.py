@@ -46,7 +46,8 @@ def setup_logging(level: str) -> None:
 
 
 class ProgressBars:
-    """Rich bars on stderr, one for each long job, as they come: `bars(what, done, total)`."""
+    """Rich bars on stderr, one for each long job, as they come: `bars(what, done, total)`. Parts of
+    what is done may be told, too: the time that is left is estimated from the last half minute."""
 
     def __init__(self) -> None:
         self._progress = Progress(
@@ -67,7 +68,7 @@ class ProgressBars:
         if self._tasks:  # else rich would print an empty line
             self._progress.stop()
 
-    def __call__(self, what: str, done: int, total: int) -> None:
+    def __call__(self, what: str, done: float, total: int) -> None:
         if what not in self._tasks:
             self._progress.start()
             self._tasks[what] = self._progress.add_task(what, total=total)

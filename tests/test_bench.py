@@ -21,9 +21,11 @@ from jlora.benchmark import merged
 from jlora.benchmark.adapters import write_random_adapter, write_random_adapters
 from jlora.benchmark.load import Run, Timing, closed_loop, open_loop, run_of, time_request
 from jlora.benchmark.options import BenchOptions
+from jlora.benchmark.report import spread
 from jlora.benchmark.rounds import Case, Measurement, Schedule, measure, summarise
 from jlora.benchmark.targets import HttpTarget
 from jlora.benchmark.workload import Request, Workload
+from jlora.console import ProgressBars
 from jlora.errors import ParameterError
 from jlora.llm import LLM
 from jlora.models.config import ModelConfig
@@ -271,6 +273,13 @@ def test_without_base_there_is_no_ratio():
     assert row["ratio_to_base"] is None
 
 
+def test_a_run_that_no_request_came_in_is_no_error():
+    base = [Measurement(round=n, case=BASE, load=1, run=run_of([], 1.0)) for n in range(2)]
+    (row,) = summarise(base)
+    assert (row["tok_s"], row["ratio_to_base"]) == (0, None)
+    assert spread(row["tok_s_rounds"]) == "-"
+
+
 # ---- over HTTP ---------------------------------------------------------------------------------
 
 
@@ -309,6 +318,83 @@ def test_the_command_loads_a_server_and_ends_with_json(
     names = Counter(request.adapter and request.adapter.name for request in server.engine.requests)
     # 4 measurements of 6 requests: of base, of one adapter, of both in turn; and the warm-ups
     assert names == {None: 26, "shout": 40, "whisper": 13}
+
+
+LENGTHS = '{"input_len": 5, "output_len": 2}\n{"input_len": 9, "output_len": 3}\n'
+
+
+@pytest.mark.parametrize(
+    ("flags", "load"),
+    [
+        (["--arrivals", "poisson", "--rate", "40", "--num-prompts", "6"], 40),
+        (["--arrivals", "gamma", "--cv", "3", "--rate", "40", "--duration", "0.3"], 40),
+        (["--duration", "0.2", "--concurrency", "2"], 2),
+        (["--lengths", "uniform", "--length-range", "2", "6"], 1),
+        (["--lengths", "lognormal", "--length-sigma", "0.3"], 1),
+        (["--lengths", "file", "--lengths-file", "LENGTHS"], 1),
+        (["--popularity", "power", "--power-alpha", "0.3"], 1),
+        (["--popularity", "zipf,identical,uniform,distinct", "--zipf-s", "1.1"], 1),
+    ],
+)
+def test_every_axis_of_the_load_reaches_a_server(
+    flags: list[str],
+    load: float,
+    server: Running,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+):
+    (tmp_path / "lengths.jsonl").write_text(LENGTHS)
+    flags = [str(tmp_path / "lengths.jsonl") if flag == "LENGTHS" else flag for flag in flags]
+    argv = ["--base-url", server.url, "--models", "tiny,shout,whisper", "--vocab-size", "300"]
+    argv += ["--repeats", "1", "--random-input-len", "6", "--random-output-len", "4"]
+    argv += [] if "--rate" in flags or "--concurrency" in flags else ["--concurrency", "1"]
+    assert bench.main([*argv, *flags]) == 0
+    document = json.loads(capsys.readouterr().out.splitlines()[-1])
+    asked = document["workload"]["popularity"][0].split(",")
+    assert [row["case"] for row in document["results"]] == [
+        "base", "unmerged 1", *(f"unmerged 2 {popularity}" for popularity in asked)
+    ]  # fmt: skip
+    assert {row["load"] for row in document["results"]} == {load}
+    assert all(row["tok_s"] > 0 for row in document["results"])
+    sizes = {len(request.prompt) for request in server.engine.requests}
+    if "file" in flags:
+        assert sizes == {5, 9}
+    elif "--lengths" not in flags:
+        assert sizes == {6}
+    else:
+        assert len(sizes) > 1
+
+
+def test_a_servers_key_is_sent_and_never_kept(
+    server: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    guarded = start(server.llm, tmp_path, api_key=("secret-key",))
+    argv = ["--base-url", guarded.url, "--models", "tiny", "--vocab-size", "300", "--repeats", "1"]
+    argv += ["--concurrency", "1", "--num-prompts", "1", "--out", str(tmp_path / "out.jsonl")]
+    try:
+        monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+        with pytest.raises(SystemExit):
+            bench.main(argv)
+        monkeypatch.setenv("OPENAI_API_KEY", "secret-key")
+        assert bench.main(argv) == 0
+    finally:
+        guarded.stop()
+    assert "secret-key" not in (tmp_path / "out.jsonl").read_text()
+
+
+def test_the_bar_moves_within_a_measurement(server: Running, monkeypatch: pytest.MonkeyPatch):
+    seen: list[tuple[float, int]] = []
+
+    class Bars(ProgressBars):
+        def __call__(self, what: str, done: float, total: int) -> None:
+            seen.append((round(done, 2), total))
+
+    monkeypatch.setattr(bench, "ProgressBars", Bars)
+    argv = ["--base-url", server.url, "--models", "tiny", "--vocab-size", "300", "--repeats", "2"]
+    assert bench.main([*argv, "--concurrency", "1", "--num-prompts", "2"]) == 0
+    # At the end of a measurement's last request it waits for what the machine says of it.
+    one = [(0.5, 2), (0.99, 2), (1, 2)]
+    assert seen == [(0, 2), *one, *((1 + done, total) for done, total in one)]
 
 
 def test_ctrl_c_keeps_what_is_done_and_a_rerun_goes_on(

@@ -1,13 +1,16 @@
 """Recipes of benchmarks and experiments load and fit each other; the report is made from raw results."""
 
 import importlib.util
+import re
 import runpy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from experiments import common, report
+from experiments import common, report, show
 from jlora.benchmark.options import BenchOptions
+from jlora.benchmark.results import read_groups
 from jlora.cli import parse
 
 ROOT = Path(__file__).parent.parent
@@ -44,11 +47,34 @@ def test_an_experiment_has_a_readme_and_draws_its_results(folder: Path, tmp_path
     assert "## Question" in (folder / "README.md").read_text()
     module = runpy.run_path(str(folder / "run.py"))
     for results in sorted((folder / "results").glob("*.jsonl")):
-        groups = common.read_groups(results)
+        groups = read_groups(results)
         assert groups, results
         if importlib.util.find_spec("matplotlib"):
-            common.draw(module["plot"], groups, tmp_path / "plot.svg")
+            show.draw(module["plot"], groups, tmp_path / "plot.svg")
             assert "<svg" in (tmp_path / "plot.svg").read_text()
+
+
+@pytest.mark.parametrize("folder", FOLDERS[:6], ids=lambda folder: folder.name)
+def test_a_page_shows_its_raw_results(folder: Path):
+    """`run.py --scale SCALE --markdown` prints what is missing."""
+    text = (folder / "README.md").read_text()
+    for results in sorted((folder / "results").glob("*.jsonl")):
+        if results.stem in common.SCALES[1:]:  # others are scratch
+            for group in read_groups(results):
+                table = show.markdown(group).partition("\n\n")[0]
+                assert table in text, f"{folder.name} does not show {results.name}"
+
+
+def test_columns_that_say_nothing_are_left_out():
+    (group,) = read_groups(ROOT / "experiments/001_merged_vs_unmerged/results/h100.jsonl")
+    head, line, *rows = show.markdown(group).partition("\n\n")[0].splitlines()
+    assert "popularity" in head
+    assert "evictions" not in head
+    assert len({row.count("|") for row in (head, line, *rows)}) == 1
+    assert len(rows) == len(group.rows)
+    bases = group.of("base")
+    alone = show.markdown(replace(group, rows=bases))
+    assert alone.startswith("| system | tok/s | spread | of base: median (rounds) |")
 
 
 def test_the_report_holds_every_experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -57,5 +83,33 @@ def test_the_report_holds_every_experiment(tmp_path: Path, monkeypatch: pytest.M
     page = (tmp_path / "report.html").read_text()
     for folder in FOLDERS:
         assert f'<section id="{folder.name}">' in page
-    assert "tok/s" in page
+        own = page.partition(f'<section id="{folder.name}">')[2].partition("</section>")[0]
+        assert '<div class="answer"><h2>Answer</h2>' in own
+        plots = [path for path in (folder / "results").glob("*.svg") if "smoke" not in path.name]
+        assert own.count("<svg") == len(plots), folder.name
+    assert "All medians" in page
     assert "<script" not in page
+    assert "<img" not in page
+    ids = set(re.findall(r'id="([^"]+)"', page))
+    for target in re.findall(r'<a [^>]*href="([^"]+)"', page):
+        if target.startswith("#"):
+            assert target == "#" or target[1:] in ids, target
+        elif "://" not in target:
+            assert (ROOT / "experiments" / target).exists(), target
+
+
+def test_every_link_of_a_readme_leads_somewhere():
+    for page in (ROOT / "README.md", *(ROOT / "experiments").rglob("*.md")):
+        for target in re.findall(r"\]\(([^)#\s]+)", page.read_text()):
+            assert "://" in target or (page.parent / target).exists(), f"{page}: {target}"
+
+
+def test_every_figure_of_the_readme_links_to_what_shows_it():
+    """Its experiment, or the kernels' page, in the same list item or topic."""
+    numbers = (ROOT / "README.md").read_text().split("## Numbers\n")[1].split("\n## ")[0]
+    blocks = re.split(r"\n\n(?=\*\*)|\n(?=- )", numbers)
+    measured = re.compile(r"\d (?:ms|s|tok/s|MB)\b|0\.\d\d|\d+ times")
+    found = [block for block in blocks if measured.search(block)]
+    assert len(found) > 8
+    for block in found:
+        assert "experiments/" in block or "kernels_pallas/README.md" in block, block

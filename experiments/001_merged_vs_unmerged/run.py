@@ -4,7 +4,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from experiments.common import Experiment, Group, error_bars
+from experiments.common import Experiment
+from experiments.show import counts, error_bars
+from jlora.benchmark.results import Group
 
 
 def plot(figure: Any, groups: list[Group]) -> None:
@@ -21,11 +23,13 @@ def plot(figure: Any, groups: list[Group]) -> None:
             row["ratio_to_base"], color="#999999", linestyle=":", label="LoRA compiled in, unused"
         )
     axes.axhline(1, color="#999999", linewidth=0.8)
+    counts(axes, [row["adapters"] for row in groups[-1].of("unmerged")])
     axes.set_xlabel("adapters that requests ask for")
     axes.set_ylabel("tok/s over base, same round")
-    axes.set_ylim(bottom=0)
     axes.legend(frameon=False)
 
 
+EXPERIMENT = Experiment(folder=Path(__file__).parent, plot=plot)
+
 if __name__ == "__main__":
-    sys.exit(Experiment(folder=Path(__file__).parent, plot=plot).main())
+    sys.exit(EXPERIMENT.main())

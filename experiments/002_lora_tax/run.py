@@ -4,7 +4,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from experiments.common import Experiment, Group, plot_ratios, room
+from experiments.common import Experiment
+from experiments.show import plot_ratios, room
+from jlora.benchmark.results import Group
 
 
 def plot(figure: Any, groups: list[Group]) -> None:
@@ -20,5 +22,7 @@ def plot(figure: Any, groups: list[Group]) -> None:
     plot_ratios(figure, rows, labels, "adapters in turn")
 
 
+EXPERIMENT = Experiment(folder=Path(__file__).parent, plot=plot)
+
 if __name__ == "__main__":
-    sys.exit(Experiment(folder=Path(__file__).parent, plot=plot).main())
+    sys.exit(EXPERIMENT.main())

@@ -4,7 +4,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from experiments.common import Experiment, Group, error_bars
+from experiments.common import Experiment
+from experiments.show import counts, error_bars
+from jlora.benchmark.results import Group
 
 
 def plot(figure: Any, groups: list[Group]) -> None:
@@ -27,10 +29,11 @@ def plot(figure: Any, groups: list[Group]) -> None:
     memory.set_ylabel("GB (all adapters are loaded throughout)")
     memory.legend(frameon=False)
     for axes in (speed, first, memory):
-        axes.set_xscale("log")
-        axes.set_ylim(bottom=0)
+        counts(axes, numbers, log=True)
         axes.set_xlabel("adapters asked for")
 
 
+EXPERIMENT = Experiment(folder=Path(__file__).parent, plot=plot)
+
 if __name__ == "__main__":
-    sys.exit(Experiment(folder=Path(__file__).parent, plot=plot).main())
+    sys.exit(EXPERIMENT.main())

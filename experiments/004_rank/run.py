@@ -4,7 +4,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from experiments.common import Experiment, Group, plot_ratios
+from experiments.common import Experiment
+from experiments.show import plot_ratios
+from jlora.benchmark.results import Group
 
 
 def padding(ranks: str, adapters: int, page: int) -> tuple[int, int, int]:
@@ -22,9 +24,14 @@ def plot(figure: Any, groups: list[Group]) -> None:
     labels = []
     for row in rows:
         _, paged, padded = padding(row["ranks"], row["adapters"], page)
-        labels.append(f"{row['ranks']}\n{paged} rows\n({padded} padded)")
-    plot_ratios(figure, rows, labels, f"{rows[0]['adapters']} adapters of these ranks")
+        labels.append(f"{row['ranks']}\n{paged} / {padded}")
+    title = (
+        f"{rows[0]['adapters']} adapters of these ranks\nrank rows in pages / padded to the largest"
+    )
+    plot_ratios(figure, rows, labels, title)
 
+
+EXPERIMENT = Experiment(folder=Path(__file__).parent, plot=plot)
 
 if __name__ == "__main__":
-    sys.exit(Experiment(folder=Path(__file__).parent, plot=plot).main())
+    sys.exit(EXPERIMENT.main())

@@ -4,7 +4,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from experiments.common import Experiment, Group, plot_ratios
+from experiments.common import Experiment
+from experiments.show import plot_ratios
+from jlora.benchmark.results import Group
 
 
 def plot(figure: Any, groups: list[Group]) -> None:
@@ -15,5 +17,7 @@ def plot(figure: Any, groups: list[Group]) -> None:
     )
 
 
+EXPERIMENT = Experiment(folder=Path(__file__).parent, plot=plot)
+
 if __name__ == "__main__":
-    sys.exit(Experiment(folder=Path(__file__).parent, plot=plot).main())
+    sys.exit(EXPERIMENT.main())

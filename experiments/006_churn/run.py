@@ -4,7 +4,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from experiments.common import Experiment, Group, error_bars, room
+from experiments.common import Experiment
+from experiments.show import counts, error_bars, room
+from jlora.benchmark.results import Group
 
 
 def plot(figure: Any, groups: list[Group]) -> None:
@@ -25,9 +27,11 @@ def plot(figure: Any, groups: list[Group]) -> None:
     moved.set_ylabel("evictions per request")
     for axes in (speed, first, moved):
         axes.axvline(room(group), color="#999999", linestyle=":")
-        axes.set_ylim(bottom=0)
+        counts(axes, numbers)
         axes.set_xlabel("adapters (dotted: room)")
 
 
+EXPERIMENT = Experiment(folder=Path(__file__).parent, plot=plot)
+
 if __name__ == "__main__":
-    sys.exit(Experiment(folder=Path(__file__).parent, plot=plot).main())
+    sys.exit(EXPERIMENT.main())

@@ -1,14 +1,15 @@
 """Meshes of 1, 2 and 4: the same log-probabilities on a CPU, and the speed of two GPUs."""
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from experiments.common import ROOT, Experiment, Group, plot_ratios
+from experiments.common import ROOT, Experiment, environment
+from experiments.show import plot_ratios
+from jlora.benchmark.results import Group
 
 HERE = Path(__file__).parent
 MESHES = {"smoke": (1, 2), "cpu": (1, 2, 4)}
@@ -76,11 +77,12 @@ def agree(scale: str, out: Path) -> int:
     if scale not in MESHES:
         return 0
     by_mesh: dict[int, dict[str, list[float]]] = {}
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
     for mesh in MESHES[scale]:
         command = [sys.executable, __file__, "--score", str(mesh), scale]
         print("+", *command, flush=True)
-        done = subprocess.run(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, check=True)
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, check=True
+        )
         by_mesh[mesh] = json.loads(done.stdout.splitlines()[-1])
     one = by_mesh[1]
     base = next(iter(one))
@@ -109,9 +111,12 @@ def plot(figure: Any, groups: list[Group]) -> None:
     plot_ratios(figure, rows, labels, "each against base on the same mesh")
 
 
+EXPERIMENT = Experiment(
+    folder=HERE, plot=plot, variants=(("--mesh", "1"), ("--mesh", "2")), before=agree
+)
+
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--score"]:
         score(int(sys.argv[2]), sys.argv[3])
     else:
-        variants = (("--mesh", "1"), ("--mesh", "2"))
-        sys.exit(Experiment(folder=HERE, plot=plot, variants=variants, before=agree).main())
+        sys.exit(EXPERIMENT.main())

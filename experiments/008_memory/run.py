@@ -4,7 +4,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from experiments.common import Experiment, Group
+from experiments.common import Experiment
+from jlora.benchmark.results import Group
 
 VARIANTS = tuple(("--adapters", str(n), "--room", str(n)) for n in (1, 10, 40))
 
@@ -31,5 +32,7 @@ def plot(figure: Any, groups: list[Group]) -> None:
     axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
 
 
+EXPERIMENT = Experiment(folder=Path(__file__).parent, plot=plot, variants=VARIANTS)
+
 if __name__ == "__main__":
-    sys.exit(Experiment(folder=Path(__file__).parent, plot=plot, variants=VARIANTS).main())
+    sys.exit(EXPERIMENT.main())

@@ -8,8 +8,9 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,14 @@ class Scale:
 
 
 SCALES = {
+    "smoke": Scale(
+        clients=2, stream=(8, 8), seconds=1, gaps=(0.3,), places=1, rate=4.0, open=((8, 8),),
+        options={
+            "max_model_len": 64, "max_num_seqs": 4, "max_num_batched_tokens": 32,
+            "load_format": "dummy",
+        },
+        shape="tiny",
+    ),
     "cpu": Scale(
         clients=4, stream=(32, 48), seconds=20, gaps=(2.0,), places=4, rate=0.5, open=((32, 32),),
         options={"max_model_len": 256, "max_num_seqs": 8, "max_num_batched_tokens": 64},
@@ -64,7 +73,17 @@ SCALES = {
         },
     ),
 }  # fmt: skip
+SCALES["h200"] = SCALES["h100"]
 RANK = 16
+MORE_LEFT = 75
+"""Exit status when --stop-after cut the run."""
+
+Add = Callable[[str, Callable[[], Awaitable[dict[str, Any]]]], Awaitable[None]]
+"""Measures what a label names, unless it is measured already."""
+
+
+class Late(Exception):
+    """--stop-after is over."""
 
 
 class Load:
@@ -162,7 +181,7 @@ def milliseconds(seconds: list[float]) -> dict[str, float]:
     return {"p50": round(1e3 * np.median(seconds), 1), "max": round(1e3 * max(seconds), 1)} if seconds else {}  # fmt: skip
 
 
-async def measure(llm: LLM, folders: Mapping[str, Path], scale: Scale, add: Any) -> None:
+async def measure(llm: LLM, folders: Mapping[str, Path], scale: Scale, add: Add) -> None:
     """All measurements of a scale. `folders`: three times as many adapters as places; the first two
     thirds are loaded."""
     load, names, places = Load(llm, scale), list(folders), scale.places
@@ -170,13 +189,14 @@ async def measure(llm: LLM, folders: Mapping[str, Path], scale: Scale, add: Any)
     while not engine.settled:
         await asyncio.sleep(0.02)
     resident, others = names[:places], [folders[name] for name in names[2 * places :]]
-    for number, gap in enumerate((None, None, *(g for own in scale.gaps for g in (own, None)))):
-        found = await load.beside_loads(f"streams{number}", resident, others, gap)
-        if number:  # the first warms up
-            add(found)
+    await load.beside_loads("streams0", resident, others, None)  # warms up
+    for number, gap in enumerate((None, *(g for own in scale.gaps for g in (own, None))), start=1):
+        label = f"streams{number}"
+        await add(label, partial(load.beside_loads, label, resident, others, gap))
     asked = names[: 2 * places]
     for number, sizes in enumerate(scale.open):
-        add(await load.beyond_room(f"open{number}", asked, sizes, 2 * places))
+        label = f"open{number}"
+        await add(f"{label} room", partial(load.beyond_room, label, asked, sizes, 2 * places))
     pins = {f"pin-{name}": folders[name] for name in names[2 * places :]}
     for name, folder in pins.items():
         llm.store.load(name, folder, pinned=True)
@@ -184,21 +204,27 @@ async def measure(llm: LLM, folders: Mapping[str, Path], scale: Scale, add: Any)
     for name in pins:
         await time_request(load.target, name, next(short)[1].prompt, 2)
     for number, sizes in enumerate(scale.open):
-        add(await load.beyond_room(f"open{number}", asked, sizes, places))
+        label = f"open{number}"
+        await add(f"{label} half", partial(load.beyond_room, label, asked, sizes, places))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--scale", choices=sorted(SCALES), default="cpu")
     parser.add_argument("--out", type=Path, help="results file, if not results_SCALE.jsonl")
+    parser.add_argument(
+        "--stop-after", type=float, help="seconds; exit 75, and the next call goes on"
+    )
     args = parser.parse_args()
-    scale = SCALES[args.scale]
+    scale, started = SCALES[args.scale], time.monotonic()
     prepare_devices(1)
     import jax  # after prepare_devices
 
     page = 16 if jax.default_backend() == "gpu" else 8  # ranks, as jlora.build has it
     out = args.out or HERE / f"results_{args.scale}.jsonl"
-    with tempfile.TemporaryDirectory() as root, out.open("w") as file:
+    lines = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
+    done = {line.get("label") for line in lines}
+    with tempfile.TemporaryDirectory() as root, out.open("a") as file:
         model = write_shape(scale.shape, root) if scale.shape else demo_model_folder(None)
         cfg = ModelConfig.from_folder(model)
         folders = write_random_adapters(f"{root}/made", cfg, [RANK] * 3 * scale.places)
@@ -212,15 +238,26 @@ def main() -> int:
         )
         llm = LLM.load(options)
 
-        def add(row: dict[str, Any]) -> None:
+        def write(row: dict[str, Any]) -> None:
             print(json.dumps(row), flush=True)
             file.write(json.dumps(row) + "\n")
             file.flush()
 
+        async def add(label: str, one: Callable[[], Awaitable[dict[str, Any]]]) -> None:
+            if label in done:
+                return
+            if args.stop_after and time.monotonic() - started > args.stop_after:
+                raise Late
+            write({"label": label, **await one()})
+
         facts = {"kind": "session", **provenance([]), "command": " ".join(sys.argv)}
-        add({**facts, "device": jax.devices()[0].device_kind})
-        asyncio.run(measure(llm, folders, scale, add))
-        llm.close()
+        write({**facts, "device": jax.devices()[0].device_kind})
+        try:
+            asyncio.run(measure(llm, folders, scale, add))
+        except Late:
+            return MORE_LEFT
+        finally:
+            llm.close()
     return 0
 
 

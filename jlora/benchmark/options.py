@@ -23,13 +23,16 @@ def split(values: Sequence[str]) -> list[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class BenchOptions(ModelOptions):
-    """Random prompts over a model in this process or a server: systems and adapters compared in turns."""
+    """Random prompts over a model in this process or a server: systems and adapters compared in turns.
+
+    Several --config that agree in an engine's options are measured one after the other in one engine.
+    """
 
     shape: str | None = None
     """Random weights in a named shape instead of --model: tiny, smollm2-135m, llama-3.1-8b and others."""
 
     base_url: str | None = None
-    """Server to load, e.g. http://127.0.0.1:8000. Without it, the model runs in this process."""
+    """Server to load, e.g. http://127.0.0.1:8000; its key is $OPENAI_API_KEY. Without it, the model runs in this process."""
 
     models: tuple[str, ...] = ()
     """With --base-url: names of the base model and of the adapters, e.g. base,a0,a1."""
@@ -104,7 +107,7 @@ class BenchOptions(ModelOptions):
     """Prompt tokens are below this id. Default: the model's vocabulary; 32000 with --base-url."""
 
     out: str | None = None
-    """JSON-lines file for every measurement. What is in it already is not measured again."""
+    """JSON-lines file for every measurement. What is in it already is not measured again. With several --config: {recipe} in it stands for the name of each."""
 
     others_limit: float | None = None
     """Share of all cores that other processes may take during a measurement; else it is repeated, twice at most (in process, Linux)."""

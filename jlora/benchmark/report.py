@@ -66,7 +66,7 @@ def cell(key: str, row: dict[str, Any]) -> str:
 
 def spread(values: Sequence[float]) -> str:
     """Half of the range as a share of the median: what repeats differ by."""
-    if len(values) < 2:
+    if len(values) < 2 or not statistics.median(values):
         return "-"
     return f"±{(max(values) - min(values)) / 2 / statistics.median(values):.0%}"
 
@@ -94,14 +94,14 @@ def package_version(name: str) -> str | None:
 
 
 def commit() -> str | None:
-    """The checkout's commit, with `-dirty` if files differ; None outside of a checkout."""
+    """The checkout's commit, with `-dirty` if files differ; $JLORA_COMMIT, or None, outside of a checkout."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
         done = subprocess.run(
             command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
         )
     except (OSError, subprocess.CalledProcessError):
-        return None
+        return os.environ.get("JLORA_COMMIT")
     return done.stdout.strip()
 
 

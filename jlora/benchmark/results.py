@@ -125,5 +125,7 @@ def read_groups(path: Path) -> list[Group]:
         runs = [run for run in every if run.seen.get("others_cpu", 0.0) <= DISTURBED] or every
         if sessions and runs:
             commits = tuple(dict.fromkeys(str(line["commit"]) for line in sessions))
-            groups.append(Group(session=sessions[-1], rows=summarise(runs), commits=commits))
+            order = [(row["load"], row["case"]) for row in summarise(every)]  # of the recipe
+            rows = sorted(summarise(runs), key=lambda row: order.index((row["load"], row["case"])))
+            groups.append(Group(session=sessions[-1], rows=rows, commits=commits))
     return groups

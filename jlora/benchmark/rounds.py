@@ -7,6 +7,7 @@ import statistics
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from typing import Any, Literal, Protocol
 
 from jlora.benchmark.load import Job, Run, Target, closed_loop, open_loop
@@ -106,6 +107,11 @@ class Schedule:
     def __len__(self) -> int:
         return self.repeats * len(self.loads) * len(self.cases)
 
+    @property
+    def keys(self) -> frozenset[str]:
+        """Of all its measurements."""
+        return frozenset(key(*step) for step in self.steps())
+
 
 class Subject(Protocol):
     """What is measured: its targets by case, and what it says about itself."""
@@ -130,9 +136,10 @@ async def measure(
     *,
     skip: frozenset[str] = frozenset(),
     others_limit: float | None = None,
-    on_request: Callable[[], None] = lambda: None,
+    on_request: Callable[[int | None], None] = lambda count: None,
 ) -> AsyncIterator[Measurement]:
     """Runs the schedule but for the keys of `skip`; every case is warmed up before its first run.
+    `on_request` hears of every request that ended, with the number of its run, if it has one.
 
     A run during which other processes took more than `others_limit` of all cores is repeated.
     """
@@ -149,7 +156,8 @@ async def measure(
             while len(tried) < TRIES:
                 before = subject.counters()
                 given = jobs(workload, number, load, case, len(tried))
-                run = await _run(target, given, schedule, load, on_request)
+                tell = partial(on_request, schedule.count(load))
+                run = await _run(target, given, schedule, load, tell)
                 seen = {name: value - before[name] for name, value in subject.counters().items()}
                 seen |= {"others_cpu": others_cpu(seen, run.seconds), "tries": len(tried) + 1}
                 tried.append(Measurement(round=number, load=load, case=case, run=run, seen=seen))
@@ -218,7 +226,7 @@ def summarise(done: Sequence[Measurement]) -> list[dict[str, Any]]:
         ratios = [
             one.run.tok_s / base
             for one in group
-            if (base := bases.get((one.round, one.load))) is not None
+            if (base := bases.get((one.round, one.load)))  # 0: no request came in its time
         ]
         row: dict[str, Any] = {"case": label, **_facts(group[0].case), "load": load}
         for name in (found.name for found in fields(Run)):

@@ -3,17 +3,21 @@
 import asyncio
 import os
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from jlora.benchmark.load import Target
+from jlora.benchmark.load import Target, closed_loop
 from jlora.benchmark.rounds import Case
 from jlora.benchmark.targets import EngineTarget
+from jlora.benchmark.workload import Request
 from jlora.engine.config import buckets, pick
 from jlora.llm import LLM
+
+PLACED_AT_ONCE = 8
+"""Adapters that `place` asks for together."""
 
 
 class EngineSubject:
@@ -30,6 +34,21 @@ class EngineSubject:
         comes meanwhile waits for it, and would be measured so."""
         while self._engine.ready and not self._engine.settled:
             await asyncio.sleep(0.02)
+
+    async def place(self, names: Sequence[str]) -> None:
+        """Brings these adapters to the device while there is room, by a token each: as at a start,
+        which is over. Where several recipes share an engine it held another's adapters last."""
+        pages = {
+            str(entry["name"]): int(str(entry["pages"])) for entry in self._llm.store.adapters()
+        }
+        room, placed = self._llm.store.num_pages, []
+        for name in names:
+            if pages[name] <= room:
+                room -= pages[name]
+                placed.append(name)
+        request = Request(at=0.0, adapter=None, prompt=[0], output_len=1)
+        jobs = ((name, request) for name in placed)
+        await closed_loop(self._target, jobs, clients=PLACED_AT_ONCE)
 
     @asynccontextmanager
     async def target(self, case: Case) -> AsyncIterator[Target]:

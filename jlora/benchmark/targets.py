@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -40,7 +41,8 @@ class HttpTarget:
     """A server; use it as an async context manager."""
 
     def __init__(self, base_url: str, *, closed: bool = True):
-        """`closed`: connections stay open, as a client's in a closed loop do."""
+        """`closed`: connections stay open, as a client's in a closed loop do. A server's key is taken
+        from $OPENAI_API_KEY, as OpenAI's client does: a flag would end up in the results."""
         # Lazy: a benchmark in process does without.
         import httpx
 
@@ -49,7 +51,11 @@ class HttpTarget:
         limits = httpx.Limits(
             max_connections=None, max_keepalive_connections=None if closed else 100
         )
-        self._client = httpx.AsyncClient(timeout=TIMEOUT, limits=limits, trust_env=False)
+        key = os.environ.get("OPENAI_API_KEY")
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self._client = httpx.AsyncClient(
+            timeout=TIMEOUT, limits=limits, headers=headers, trust_env=False
+        )
         self._failures = (httpx.HTTPError, httpx.InvalidURL)
 
     async def __aenter__(self) -> "HttpTarget":
