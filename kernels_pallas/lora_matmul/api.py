@@ -57,21 +57,24 @@ def lora_matmul(
             f"w has shape {w.shape}, expected (K, sum(part_sizes)) = "
             f"{(x.shape[1], sum(part_sizes))} for x {x.shape} and part_sizes {part_sizes}"
         )
+    y = parts = None
     if pool is not None and segments is not None:
         _check(x, pool, segments, part_sizes)
+        parts = _fused(x, w, pool, segments, part_sizes, implementation)
+        if parts is None:
+            y = _module(implementation).matmul(x, w, pool, segments, part_sizes=part_sizes)
     else:
-        pool = segments = None
-    wide = bias is not None or jnp.dtype(out_dtype or x.dtype) != x.dtype
-    y = _fused(x, w, pool, segments, part_sizes, implementation, wide)
-    if y is None and pool is not None and segments is not None:
-        y = _module(implementation).matmul(x, w, pool, segments, part_sizes=part_sizes)
-    elif y is None:
-        module = _module(None if implementation == "hopper" else implementation)
-        y = module.base_matmul(x, w, jnp.float32 if bias is not None else out_dtype or x.dtype)
-    elif len(y) > 1 and not summed and bias is None:
-        return y
-    else:
-        y = y[0] if len(y) == 1 else y.sum(0)
+        product = jnp.float32 if bias is not None else out_dtype or x.dtype
+        if implementation is None and jnp.dtype(product) == x.dtype:
+            parts = _base(x, w, part_sizes)
+        if parts is None:
+            module = _module(None if implementation == "hopper" else implementation)
+            y = module.base_matmul(x, w, product)
+    if parts is not None and len(parts) > 1 and not summed and bias is None:
+        return parts
+    if parts is not None:
+        y = parts[0] if len(parts) == 1 else parts.sum(0)
+    assert y is not None
     if bias is not None:
         y = y + bias.astype(y.dtype)
     y = y.astype(out_dtype or x.dtype)
@@ -81,28 +84,15 @@ def lora_matmul(
 def _fused(
     x: jax.Array,
     w: jax.Array,
-    pool: RankPool | ActivePages | None,
-    segments: Segments | None,
+    pool: RankPool | ActivePages,
+    segments: Segments,
     part_sizes: tuple[int, ...],
     implementation: str | None,
-    wide: bool,
 ) -> jax.Array | None:
-    """The fused kernel's parts of the result; None where another implementation is to be taken.
-    `wide`: more is wanted of the base product than x's type."""
+    """The fused kernel's parts of the result; None where another implementation is to be taken."""
     automatic = implementation is None
     if implementation not in (None, "hopper"):
         return None
-    if pool is None or segments is None:
-        if not automatic or wide or not is_hopper("lora_matmul"):
-            return None
-        from kernels_pallas.lora_matmul import hopper  # imports Mosaic GPU: only where it is used
-
-        try:
-            if x.shape[0] > hopper.BASE_ROWS:
-                return None
-            return hopper.base_matmul(x, w, part_sizes=part_sizes)
-        except NotImplementedError:
-            return None  # XLA's is as fast
     if automatic and (not is_hopper("lora_matmul") or x.shape[0] > FUSED_ROWS):
         return None
     if not isinstance(pool, RankPool):
@@ -122,6 +112,20 @@ def _fused(
             raise
         say_once(f"lora_matmul: no fused kernel, XLA instead ({reason})")
         return None
+
+
+def _base(x: jax.Array, w: jax.Array, part_sizes: tuple[int, ...]) -> jax.Array | None:
+    """The kernel's parts of the product alone; None where XLA's is to be taken."""
+    if not is_hopper("lora_matmul"):
+        return None
+    from kernels_pallas.lora_matmul import hopper  # imports Mosaic GPU: only where it is used
+
+    try:
+        if hopper.base_worth_it(x, w, part_sizes):
+            return hopper.base_matmul(x, w, part_sizes=part_sizes)
+    except NotImplementedError:
+        pass
+    return None
 
 
 def _module(implementation: str | None) -> ModuleType:

@@ -22,8 +22,11 @@ from kernels_pallas.lora_matmul.types import RankPool, Segments
 NARROW_ROWS = 128
 """With more, hopper_wide serves: from there on it is faster."""
 
-BASE_ROWS = 64
-"""With more, XLA's matmuls without LoRA are faster."""
+BASE_ROWS = (9, 64)
+"""Fewest and most rows of which the product alone is ours: at 8 and 256 XLA's is faster."""
+
+BASE_BUSY = 0.7
+"""The share of SMs that must have a tile then: llama-3.1-8b's are between 0.73 and 0.97."""
 
 
 def matmul(
@@ -60,13 +63,23 @@ def base_matmul(
     interpret: bool = False,
 ) -> Float[Array, "parts T N"]:
     """`x @ w` alone, as `matmul` gives it: the same launch without a shrink. A decoder's step of 32
-    rows is 2.5% faster with it than with XLA's matmuls, which split K of three projections in four."""
+    rows is 2% faster with it than with XLA's matmuls, which split K of three projections in four."""
     _refuse(x, w, None, interpret)
     if x.shape[0] > NARROW_ROWS:
         raise NotImplementedError(f"{x.shape[0]} rows: up to {NARROW_ROWS} are supported")
     sms = sms or _device_sms()
     config = config or base_tuning(_padded(x.shape[0]), x.shape[1], part_sizes, sms)
     return _base_matmul(part_sizes, config, sms, interpret, x, w)
+
+
+def base_worth_it(x: jax.Array, w: jax.Array, part_sizes: tuple[int, ...]) -> bool:
+    """Whether `base_matmul` is expected to be faster than XLA. NotImplementedError where there is none."""
+    least, most = BASE_ROWS
+    if not least <= x.shape[0] <= most:
+        return False
+    sms = _device_sms()
+    t = base_tuning(_padded(x.shape[0]), w.shape[0], part_sizes, sms)
+    return w.shape[1] // t.bn * t.split >= BASE_BUSY * sms
 
 
 def worth_it(x: jax.Array, part_sizes: tuple[int, ...]) -> bool:

@@ -170,11 +170,8 @@ class Kernel:
             if phase in ("all", "sum"):
                 self.shrink_sum(p, u, us, active)
             if counters:  # the one who waits for the others has nothing else to do
-
-                @pl.when(active > 0)
-                def _() -> None:
-                    counters.meet(1)
-                    plgpu.barrier_arrive(u_there)
+                pl.when(active > 0)(partial(counters.meet, 1))
+                pl.when(active > 0)(lambda: plgpu.barrier_arrive(u_there))
 
         @pl.when(wg < self.wgs)
         def _() -> None:
