@@ -1,0 +1,118 @@
+"""Every launch is lowered for an H100 without one: Mosaic's own checks of what only a card can run.
+
+The interpreter has no grid-wide counters and no layouts, so the launches that ship ("all" phases) are
+seen here first. ptxas and the results are for tests/gpu.
+"""
+
+from collections.abc import Callable
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AbstractMesh, AxisType
+
+from kernels_pallas.act_mul import hopper as act_mul
+from kernels_pallas.add_norm import hopper as add_norm
+from kernels_pallas.lora_matmul import RankPool, Segments
+from kernels_pallas.lora_matmul import hopper as lora_matmul
+from kernels_pallas.lora_matmul.shapes import LLAMA_8B
+from kernels_pallas.paged_attention import hopper as paged_attention
+from kernels_pallas.rope_write import hopper as rope_write
+
+pytestmark = pytest.mark.skipif(
+    jax.__version_info__ < (0, 11), reason="the kernels need jax 0.11 (run .venv312)"
+)
+BF16 = jnp.bfloat16
+PAGES = 40
+
+
+def like(*shape: int, dtype: Any = BF16) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def ints(*shape: int) -> jax.ShapeDtypeStruct:
+    return like(*shape, dtype=jnp.int32)
+
+
+@contextmanager
+def h100():
+    from jax._src.mesh import AbstractDevice  # not exported
+
+    device = AbstractDevice("NVIDIA H100 80GB HBM3", 132, "gpu")
+    mesh = AbstractMesh((1,), ("x",), (AxisType.Auto,), abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh):
+        yield
+
+
+def launches(f: Callable[..., Any], *args: Any) -> int:
+    """How many kernels the lowered function calls."""
+    with h100():
+        text = jax.jit(f).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+    return text.count("custom_call @mosaic_gpu")
+
+
+@pytest.mark.parametrize("rows", [8, 32, 128, 256, 2048])
+@pytest.mark.parametrize("group", list(LLAMA_8B))
+def test_the_lora_matmul_is_one_launch(group, rows):
+    width, parts = LLAMA_8B[group]
+    pool = RankPool(a=like(PAGES, 16 * len(parts), width), b=like(PAGES, 16, sum(parts)))
+    segments = Segments(pages=ints(32), owner=ints(32), adapter=ints(rows))
+
+    def f(x, w, pool, segments):
+        return lora_matmul.matmul(x, w, pool, segments, part_sizes=parts)
+
+    assert launches(f, like(rows, width), like(width, sum(parts)), pool, segments) == 1
+
+
+@pytest.mark.parametrize("rows", [9, 64])
+@pytest.mark.parametrize("group", list(LLAMA_8B))
+def test_the_base_product_is_one_launch_of_which_most_sms_have_a_tile(group, rows):
+    width, parts = LLAMA_8B[group]
+    x, w = like(rows, width), like(width, sum(parts))
+    assert launches(lambda x, w: lora_matmul.base_matmul(x, w, part_sizes=parts), x, w) == 1
+    with h100():
+        assert lora_matmul.base_worth_it(x, w, parts)
+
+
+@pytest.mark.parametrize(("decode", "prefill"), [(32, 0), (256, 0), (8, 64), (0, 2048)])
+def test_attention_is_one_launch_for_each_kind_of_row(decode, prefill):
+    tokens, rows = decode + prefill, decode + prefill // 64
+
+    def f(*args):
+        return paged_attention.paged_attention(
+            *args, decode=decode, block=64, scale=0.1, window=None, softcap=None
+        )
+
+    pool = like(100, 8, 16, 128)
+    args = (like(tokens, 32, 128), pool, pool, ints(rows, 64), ints(tokens))
+    assert launches(f, *args) == (decode > 0) + (prefill > 0)
+
+
+@pytest.mark.parametrize("parts", [(), (1,), (2,), (4,)])
+def test_add_norm_is_one_launch_with_parts_to_sum_and_without(parts):
+    kind = jnp.float32 if parts else BF16
+
+    def f(x, y, weight):
+        return add_norm.add_norm(x, y, weight, eps=1e-5, plus_one=False)
+
+    assert launches(f, like(32, 4096), like(*parts, 32, 4096, dtype=kind), like(4096)) == 1
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+def test_the_gate_is_one_launch(activation):
+    def f(x):
+        return act_mul.act_mul(x, activation=activation)
+
+    assert launches(f, like(32, 28672)) == 1
+
+
+def test_rope_and_write_are_one_launch():
+    half, pool = like(32, 64, dtype=jnp.float32), like(100, 8, 16, 128)
+
+    def f(*args):
+        return rope_write.rope_write(*args, norms=None)
+
+    args = (like(32, 48, 128), half, half, ints(32), ints(32), pool, pool)
+    assert launches(f, *args) == 1
