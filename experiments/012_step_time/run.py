@@ -9,8 +9,8 @@ import dataclasses
 import json
 import platform
 import statistics
-import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,6 +23,7 @@ import numpy as np
 
 from jlora.adapters.pool import RankPages
 from jlora.batch import empty, pack
+from jlora.benchmark.report import commit
 from jlora.benchmark.shapes import shape_config
 from jlora.engine import sampler
 from jlora.engine.flat_model import FlatModel
@@ -193,6 +194,25 @@ def measure(
     return results
 
 
+def profile(machine: Machine, case: Case, context: int, steps: int = 4) -> None:
+    """Prints what XLA's profiler says of each kind of launch, without CUDA graphs."""
+    batch, lora = machine.batch(case.shape, context, case.adapters), case.shape.rank_pages > 0
+    machine.run(case.program, lora, batch, 2)
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            machine.run(case.program, lora, batch, steps)
+        (file,) = Path(folder).rglob("*.xplane.pb")
+        planes = jax.profiler.ProfileData.from_file(str(file)).planes
+    took: dict[str, list[float]] = {}
+    for plane in planes:
+        for line in plane.lines if "GPU" in plane.name else ():
+            for event in line.events if "Stream" in (line.name or "") else ():
+                took.setdefault(event.name, []).append(event.duration_ns / 1e3)
+    for name, us in sorted(took.items(), key=lambda item: -sum(item[1])):
+        each, total = statistics.median(us), sum(us) / steps
+        print(f"{total:9.1f} us = {len(us) / steps:5.1f} x {each:7.2f} us  {name}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shape", default="llama-3.1-8b")
@@ -202,6 +222,7 @@ def main() -> None:
     parser.add_argument(
         "--xla-base", action="store_true", help="steps with XLA's base products, too"
     )
+    parser.add_argument("--profile", action="store_true", help="device time of launches by name")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
@@ -223,11 +244,12 @@ def main() -> None:
         print(f"{rows} rows compiled in {time.perf_counter() - begin:.0f} s", flush=True)
         for context in args.contexts:
             results += measure(machine, cases, context, args, DEVICES.get(kind))
-    git = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True
-    )
+        if args.profile:
+            for case in cases:
+                print(f"\n{case.adapters} adapters{case.note}, launches of a step:")
+                profile(machine, case, args.contexts[0])
     about = {"device": kind, "jax": jax.__version__, "python": platform.python_version()}
-    about |= {"commit": git.stdout.strip() or None, "command": " ".join(sys.argv)}
+    about |= {"commit": commit(), "command": " ".join(sys.argv)}
     print(json.dumps({**about, "results": results}))
 
 

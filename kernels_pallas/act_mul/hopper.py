@@ -54,6 +54,7 @@ class ActMul:
         """Launch."""
         kernel = plgpu.kernel(
             self.body,
+            kernel_name="act_mul",
             out_type=jax.ShapeDtypeStruct((x.shape[0], self.width), x.dtype),
             grid=(x.shape[0], self.width // self.stretch),
             grid_names=("row", "stretch"),

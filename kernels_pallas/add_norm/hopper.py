@@ -71,6 +71,7 @@ class AddNorm:
         out = jax.ShapeDtypeStruct(x.shape, x.dtype)
         kernel = plgpu.kernel(
             self.body,
+            kernel_name="add_norm",
             out_type=(out, out),
             grid=(x.shape[0],),
             grid_names=("row",),

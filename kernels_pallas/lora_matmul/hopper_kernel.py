@@ -110,6 +110,7 @@ class Kernel:
         extra: dict[str, Any] = {"interpret": interpreter()} if interpret else {}
         kernel = plgpu.kernel(
             partial(self.body, phase),
+            kernel_name=f"lora_matmul_{self.width}x{sum(self.part_sizes)}",
             out_type=out,
             grid=(self.sms,),
             grid_names=("sm",),

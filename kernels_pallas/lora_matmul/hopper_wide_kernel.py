@@ -65,6 +65,7 @@ class Wide(Plan):
             extra |= {"cluster": (t.cluster,), "cluster_names": ("pair",)}
         kernel = plgpu.kernel(
             partial(self.body, phase),
+            kernel_name=f"lora_matmul_wide_{self.width}x{sum(self.part_sizes)}",
             out_type=out,
             grid=(self.workers,),
             grid_names=("worker",),

@@ -112,6 +112,7 @@ class Decode:
         ]
         kernel = plgpu.kernel(
             partial(self.body, phase),
+            kernel_name="attend_decode",
             out_type=out_type,
             grid=(self.layout.workers,),
             grid_names=("worker",),

@@ -130,6 +130,7 @@ class Prefill:
         loads = self.span.loads(self.page)
         kernel = plgpu.kernel(
             self.body,
+            kernel_name="attend_prefill",
             out_type=jax.ShapeDtypeStruct((self.tokens, self.heads, self.width), self.dtype),
             grid=(self.units + self.copied,),
             grid_names=("unit",),

@@ -113,6 +113,7 @@ class RopeWrite:
         qkv, pools = args[0], (jax.new_ref(args[-2]), jax.new_ref(args[-1]))
         kernel = plgpu.kernel(
             self.body,
+            kernel_name="rope_write",
             out_type=jax.ShapeDtypeStruct((qkv.shape[0], self.heads, 2 * self.half), qkv.dtype),
             grid=(qkv.shape[0],),
             grid_names=("token",),

@@ -53,6 +53,16 @@ def launches(f: Callable[..., Any], *args: Any) -> int:
     return text.count("custom_call @mosaic_gpu")
 
 
+def test_a_profile_tells_launches_by_name():
+    pool = RankPool(a=like(PAGES, 16, 4096), b=like(PAGES, 16, 4096))
+    segments = Segments(pages=ints(32), owner=ints(32), adapter=ints(32))
+    args = (like(32, 4096), like(4096, 4096), pool, segments)
+    with h100():
+        f = jax.jit(lambda *args: lora_matmul.matmul(*args, part_sizes=(4096,)))
+        text = f.trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+    assert "lora_matmul_4096x4096" in text
+
+
 @pytest.mark.parametrize("rows", [8, 32, 128, 256, 2048])
 @pytest.mark.parametrize("group", list(LLAMA_8B))
 def test_the_lora_matmul_is_one_launch(group, rows):
