@@ -263,9 +263,8 @@ def _layer(
     def add_normed(x: Array, y: Array, weight: Array) -> tuple[Array, Array]:
         return ops.add_norm(x, y, weight, eps=cfg.norm_eps, plus_one=cfg.norm_plus_one)
 
-    # Where a norm comes before the sum, or no launch does both, the parts of a projection are summed.
-    summed = cfg.post_norms or not ops.on_gpu()
-
+    # One launch that adds and normalises sums the parts of a projection on its way.
+    summed = cfg.post_norms or next_norm is None
     h = normed(x, "attn_norm") if h is None else h
     qkv = layer.qkv(h, pools, batch).astype(dtype)
     norms = None

@@ -1,0 +1,54 @@
+"""Products that come in parts, as the Hopper kernels give them where K is split, are summed once
+wherever they go: by the launch that adds and normalises, or before a norm, a bias or a plain sum."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jlora import ops, quant
+from kernels_pallas.lora_matmul import lora_matmul
+from tests.models.test_decoder_kinds import adapters, run  # noqa: F401
+
+
+@pytest.mark.parametrize(
+    ("family", "kinds", "in_parts"),
+    [
+        ("llama", [], True),
+        ("llama", ["plain"], True),
+        ("llama", ["norms"], False),  # no launch adds and normalises then
+        ("llama_bias", ["plain"], False),  # biases come after the sum
+        ("llama_odd", ["dora"], False),
+        ("gemma3", ["plain"], False),  # norms before the sum
+    ],
+)
+def test_parts_of_a_product_are_summed_wherever_they_go(
+    monkeypatch,
+    tiny_model,
+    adapters,  # noqa: F811
+    family,
+    kinds,
+    in_parts,
+):
+    model, folders = tiny_model(family), [adapters(family, kind)[0] for kind in kinds]
+    want = run(model, folders, 1)
+    asked = []
+
+    def some_parts(*args, summed=True, **options):
+        y = lora_matmul(*args, summed=True, **options)
+        if summed:
+            return y
+        asked.append(y.shape)
+        rest = jnp.linspace(-3, 3, y.shape[1], dtype=jnp.float32)
+        return jnp.stack([y.astype(jnp.float32) - rest, jnp.broadcast_to(rest, y.shape)])
+
+    monkeypatch.setattr(ops, "on_gpu", lambda: True)
+    monkeypatch.setattr(quant, "lora_matmul", some_parts)
+    jax.clear_caches()
+    try:
+        got = run(model, folders, 1)
+    finally:
+        jax.clear_caches()
+    assert bool(asked) == in_parts
+    for ours, theirs in zip(got, want, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-3)
