@@ -1,6 +1,6 @@
 """How long a compiled decode step takes by itself: no scheduler, no sampler, no server.
 
-`python experiments/012_step_time/run.py [--rows 32 --adapters 0 1 8 32]`: dummy weights of a named
+`PYTHONPATH=. python experiments/012_step_time/run.py [--rows 32 --adapters 0 1 8 32]`: dummy weights of a named
 shape. All cases of a round run one after the other. Last line: one JSON document.
 """
 
@@ -10,17 +10,16 @@ import json
 import platform
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.profiled import launches
 from jlora.adapters.pool import RankPages
 from jlora.batch import empty, pack
 from jlora.benchmark.report import commit
@@ -198,16 +197,13 @@ def profile(machine: Machine, case: Case, context: int, steps: int = 4) -> None:
     """Prints what XLA's profiler says of each kind of launch, without CUDA graphs."""
     batch, lora = machine.batch(case.shape, context, case.adapters), case.shape.rank_pages > 0
     machine.run(case.program, lora, batch, 2)
-    with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder):
-            machine.run(case.program, lora, batch, steps)
-        (file,) = Path(folder).rglob("*.xplane.pb")
-        planes = jax.profiler.ProfileData.from_file(str(file)).planes
+
+    def work() -> None:
+        machine.run(case.program, lora, batch, steps)
+
     took: dict[str, list[float]] = {}
-    for plane in planes:
-        for line in plane.lines if "GPU" in plane.name else ():
-            for event in line.events if "Stream" in (line.name or "") else ():
-                took.setdefault(event.name, []).append(event.duration_ns / 1e3)
+    for _, name, us in launches(work):
+        took.setdefault(name, []).append(us)
     for name, us in sorted(took.items(), key=lambda item: -sum(item[1])):
         each, total = statistics.median(us), sum(us) / steps
         print(f"{total:9.1f} us = {len(us) / steps:5.1f} x {each:7.2f} us  {name}", flush=True)

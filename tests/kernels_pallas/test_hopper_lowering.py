@@ -28,11 +28,11 @@ BF16 = jnp.bfloat16
 PAGES = 40
 
 
-def like(*shape: int, dtype: Any = BF16) -> jax.ShapeDtypeStruct:
+def like(*shape: int, dtype: Any = BF16) -> Any:
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def ints(*shape: int) -> jax.ShapeDtypeStruct:
+def ints(*shape: int) -> Any:
     return like(*shape, dtype=jnp.int32)
 
 
