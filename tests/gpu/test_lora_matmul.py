@@ -39,6 +39,7 @@ def inputs(
         ("o", "identical", 1, 16),
         ("o", "uniform", 13, None),
         ("gate_up", "distinct", 32, 16),
+        ("gate_up", "uniform", 100, None),  # two multiplying warpgroups
         ("down", "uniform", 200, 16),
         ("qkv", "distinct", 64, 16),
         ("qkv", "zipf", 256, 16),
