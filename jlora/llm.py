@@ -9,6 +9,7 @@ import itertools
 import sys
 import uuid
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from jlora.adapters.store import AdapterEntry
@@ -84,6 +85,15 @@ class LLM:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def get_tokenizer(self, lora_request: LoRARequest | None = None) -> Any:
+        """What `transformers.AutoTokenizer` makes of the checkpoint's folder, or of the adapter's where
+        it has a tokenizer of its own. `LLM.tokenizer` is what requests are encoded with."""
+        from transformers import AutoTokenizer  # lazy: takes seconds, and nothing else needs it
+
+        own = lora_request is not None and Path(lora_request.lora_path, "tokenizer.json").is_file()
+        path = lora_request.lora_path if lora_request is not None and own else self.parts.path
+        return AutoTokenizer.from_pretrained(path)
 
     def merge_in_place(self, name: str) -> None:
         """Merge an adapter into the weights: it costs nothing, and nothing else is served meanwhile.

@@ -1,6 +1,8 @@
 """`LLM` in vLLM's Python shape, on the fake engine."""
 
+import dataclasses
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -39,6 +41,22 @@ def test_prompts_of_every_form_keep_their_order(llm: LLM):
     assert len(llm.generate("alone")) == 1
     assert llm.generate(ids)[0].prompt_token_ids == ids
     assert llm.generate([]) == []
+
+
+def test_get_tokenizer_is_transformers_own_of_the_checkpoint_or_of_the_adapter(
+    llm: LLM, tokenizer_folder: Path, tmp_path: Path
+):
+    llm.parts = dataclasses.replace(llm.parts, path=str(tokenizer_folder))
+    conversation = [{"role": "user", "content": "Hello there"}]
+    theirs = llm.get_tokenizer()
+    text = theirs.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+    assert "Hello there" in text
+    assert theirs.encode(text, add_special_tokens=False) == llm.tokenizer.encode(text)
+    plain, own = (LoRARequest(name, 1, str(tmp_path / name)) for name in ("plain", "own"))
+    (tmp_path / "plain").mkdir()
+    shutil.copytree(tokenizer_folder, tmp_path / "own")
+    assert llm.get_tokenizer(plain).name_or_path == str(tokenizer_folder)
+    assert llm.get_tokenizer(own).name_or_path == str(tmp_path / "own")
 
 
 def test_the_default_is_vllms_sixteen_tokens(llm: LLM):
