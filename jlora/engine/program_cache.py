@@ -35,9 +35,6 @@ log = logging.getLogger(__name__)
 UNUSED_DAYS = 30
 """Entries that nothing has loaded for so long are deleted."""
 
-APART = ("server", "benchmark", "export", "inspection", "demo")
-"""Packages of jlora that the engine imports nothing of: who edits them compiles nothing anew."""
-
 _XLA_CACHE = threading.Lock()
 
 
@@ -165,11 +162,8 @@ def _sources() -> str:
 
 
 def _files() -> Iterator[Path]:
-    own = Path(__file__).parents[1]
-    for path in sorted(own.rglob("*.py")):
-        if path.relative_to(own).parts[0] not in APART:
-            yield path
-    yield from sorted(Path(kernels_pallas.__file__).parent.rglob("*.py"))
+    for folder in (Path(__file__).parents[1], Path(kernels_pallas.__file__).parent):
+        yield from sorted(folder.rglob("*.py"))
 
 
 @lru_cache
