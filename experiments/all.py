@@ -55,10 +55,11 @@ def experiment(name: str) -> Experiment | None:
 
 def folders(wanted: Sequence[str], scale: str) -> list[str]:
     """Names of experiments by how they begin, in this order; without any: all that the scale has."""
+    own = {name for name, scales in WITHOUT_RECIPES.items() if scale in scales}
     every = sorted(path.parent.name for path in HERE.glob("[0-9]*/run.py"))
+    every = [name for name in every if name in own or recipe(name, scale).exists()]
     if not wanted:
-        own = {name for name, scales in WITHOUT_RECIPES.items() if scale in scales}
-        return [name for name in every if name in own or recipe(name, scale).exists()]
+        return every
     found = []
     for text in wanted:
         begin = [name for name in every if name.startswith(text)]

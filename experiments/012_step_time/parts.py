@@ -50,6 +50,7 @@ def left_out(parts: str) -> Iterator[None]:
         yield
     finally:
         Kernel._expands, Kernel._units_of_block, Counters.meet = before
+        jax.clear_caches()
 
 
 def random_data() -> Data:

@@ -28,13 +28,12 @@ from jlora.engine import sampler
 from jlora.engine.flat_model import FlatModel
 from jlora.engine.steps import KV_AXES, Adapters, Steps
 from jlora.models.weights import abstract_decoder, dummy_weights
+from jlora.planning import DEVICES, floor
 from jlora.shape import Shape
 from jlora.sharding import Layout, make_mesh, sharding
 from kernels_pallas.lora_matmul import hopper
 
 PAGE, RANK_PAGE = 16, 16
-DEVICES = {"NVIDIA H100 80GB HBM3": 3.1e12, "NVIDIA H200": 4.3e12}
-"""Read bandwidth, bytes a second, measured."""
 
 
 @contextmanager
@@ -47,6 +46,7 @@ def base_products(ours: bool) -> Iterator[None]:
         yield
     finally:
         hopper.BASE_ROWS = before
+        jax.clear_caches()
 
 
 class Machine:
@@ -87,13 +87,6 @@ class Machine:
         self.slots = most_rows
         state = sampler.empty_slots(most_rows, cfg.vocab_rows)
         self.last = jax.device_put(state.last, sharding(self.mesh))
-        self.weight_bytes = sum(leaf.nbytes for leaf in self.weights) - model.embed[...].nbytes
-        self.adapter_bytes = sum(
-            (pool.a.nbytes + pool.b.nbytes) // pool.a.shape[0]
-            for own in self.pools
-            for pool in own.values()
-        )
-        self.token_bytes = 2 * cfg.layers * self.layout.kv_heads * cfg.head_dim * 2
 
     def compile(self, shape: Shape) -> Callable[..., Any]:
         """The step's program."""
@@ -133,10 +126,17 @@ class Machine:
         end = time.perf_counter()
         return (end - begin) / steps * 1e3, (queued - begin) / steps * 1e3
 
-    def floor_ms(self, rows: int, context: int, adapters: int, bandwidth: float) -> float:
-        """Bytes that a step must read, over the bandwidth."""
-        read = self.weight_bytes + rows * context * self.token_bytes
-        return (read + adapters * self.adapter_bytes) / bandwidth * 1e3
+    def floor_ms(self, rows: int, context: int, adapters: int) -> float | None:
+        """Bytes that a step must read, over the bandwidth; None where that was never measured."""
+        kind = jax.devices()[0].device_kind.lower().split()
+        device = next((own for own in DEVICES.values() if own.measured and own.name in kind), None)
+        if device is None:
+            return None
+        step = floor(
+            self.layout.cfg, device, rows=rows, context=context, active=adapters, rank=RANK_PAGE,
+            dtype="bfloat16",
+        )  # fmt: skip
+        return (step.weights + step.adapters + step.kv) * 1e3
 
 
 @jax.jit  # one program for each shape
@@ -160,7 +160,6 @@ def measure(
     cases: list[Case],
     context: int,
     args: argparse.Namespace,
-    bandwidth: float | None,
 ) -> list[dict[str, Any]]:
     """Rounds over all cases; a result and a line for each."""
     batches = [machine.batch(case.shape, context, case.adapters) for case in cases]
@@ -184,10 +183,9 @@ def measure(
         }  # fmt: skip
         line = f"{rows:4d} rows at {context:5d}, {case.adapters:3d} adapters{case.note:6s}: "
         line += f"{ms:.3f} ms (±{row['spread']:.1%}), {ratio:.3f} of base, host {host:.2f} ms"
-        if bandwidth:
-            floor = machine.floor_ms(rows, context, case.adapters, bandwidth)
-            row["floor_ms"] = round(floor, 3)
-            line += f", bytes alone {floor:.2f} ms ({floor / ms:.2f})"
+        if (least := machine.floor_ms(rows, context, case.adapters)) is not None:
+            row["floor_ms"] = round(least, 3)
+            line += f", bytes alone {least:.2f} ms ({least / ms:.2f})"
         results.append(row)
         print(line, flush=True)
     return results
@@ -239,7 +237,7 @@ def main() -> None:
                 cases.insert(0, Case(0, machine.compile(shapes[False]), shapes[False], " (XLA)"))
         print(f"{rows} rows compiled in {time.perf_counter() - begin:.0f} s", flush=True)
         for context in args.contexts:
-            results += measure(machine, cases, context, args, DEVICES.get(kind))
+            results += measure(machine, cases, context, args)
         if args.profile:
             for case in cases:
                 print(f"\n{case.adapters} adapters{case.note}, launches of a step:")

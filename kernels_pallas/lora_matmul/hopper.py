@@ -69,7 +69,7 @@ def base_matmul(
         raise NotImplementedError(f"{x.shape[0]} rows: up to {NARROW_ROWS} are supported")
     sms = sms or _device_sms()
     config = config or base_tuning(_padded(x.shape[0]), x.shape[1], part_sizes, sms)
-    return _base_matmul(part_sizes, config, sms, interpret, x, w)
+    return _matmul(part_sizes, config, sms, interpret, x, w, None, None)
 
 
 def base_worth_it(x: jax.Array, w: jax.Array, part_sizes: tuple[int, ...]) -> bool:
@@ -111,20 +111,20 @@ def _matmul(
     interpret: bool,
     x: jax.Array,
     w: jax.Array,
-    pool: RankPool,
-    segments: Segments,
+    pool: RankPool | None,
+    segments: Segments | None,
 ) -> jax.Array:
-    if isinstance(config, hopper_wide_tuning.Tuning):
-        return hopper_wide.matmul(
-            x, w, pool, segments, part_sizes=part_sizes, config=config, sms=sms, interpret=interpret
-        )
+    """Without pool and segments: the product alone."""
     rows = x.shape[0]
-    padded = _padded(rows)
-    meta = _meta(segments, padded)
-    y = _launch(
-        jnp.pad(x, ((0, padded - rows), (0, 0))), w, pool.a, pool.b, *meta,
-        part_sizes=part_sizes, t=config, sms=sms, interpret=interpret,
-    )  # fmt: skip
+    padded, lora = _padded(rows), ()
+    if pool is not None and segments is not None:
+        if isinstance(config, hopper_wide_tuning.Tuning):
+            own: dict[str, Any] = {"config": config, "sms": sms, "interpret": interpret}
+            return hopper_wide.matmul(x, w, pool, segments, part_sizes=part_sizes, **own)
+        lora = (pool.a, pool.b, *_meta(segments, padded))
+    assert isinstance(config, Tuning)
+    x = jnp.pad(x, ((0, padded - rows), (0, 0)))
+    y = _launch(x, w, *lora, part_sizes=part_sizes, t=config, sms=sms, interpret=interpret)
     return y[:, :rows]
 
 
@@ -141,47 +141,16 @@ def _matmul_backward(
     x, w, pool, segments = saved
     dy = dy[0]  # parts are only ever summed: all have the same
 
-    def plain(x: jax.Array, w: jax.Array, pool: RankPool) -> jax.Array:
-        delta = xla.lora_delta(x, pool, segments, part_sizes=part_sizes)
-        return (xla.base_matmul(x, w) + delta).astype(dy.dtype)
+    def plain(x: jax.Array, w: jax.Array, pool: RankPool | None) -> jax.Array:
+        y = xla.base_matmul(x, w)
+        if pool is not None:
+            y = y + xla.lora_delta(x, pool, segments, part_sizes=part_sizes)
+        return y.astype(dy.dtype)
 
     return (*jax.vjp(plain, x, w, pool)[1](dy), None)
 
 
 _matmul.defvjp(_matmul_forward, _matmul_backward)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
-def _base_matmul(
-    part_sizes: tuple[int, ...],
-    config: Tuning,
-    sms: int,
-    interpret: bool,
-    x: jax.Array,
-    w: jax.Array,
-) -> jax.Array:
-    rows = x.shape[0]
-    x = jnp.pad(x, ((0, _padded(rows) - rows), (0, 0)))
-    y = _launch_base(x, w, part_sizes=part_sizes, t=config, sms=sms, interpret=interpret)
-    return y[:, :rows]
-
-
-def _base_forward(
-    part_sizes: tuple[int, ...], config: Tuning, sms: int, interpret: bool, *args: jax.Array
-) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    return _base_matmul(part_sizes, config, sms, interpret, *args), args
-
-
-def _base_backward(
-    part_sizes: tuple[int, ...], config: Tuning, sms: int, interpret: bool, saved: Any, dy: Any
-) -> tuple[jax.Array, ...]:
-    def plain(x: jax.Array, w: jax.Array) -> jax.Array:
-        return xla.base_matmul(x, w).astype(dy.dtype)
-
-    return jax.vjp(plain, *saved)[1](dy[0])
-
-
-_base_matmul.defvjp(_base_forward, _base_backward)
 
 
 def _device_sms() -> int:
@@ -207,32 +176,15 @@ def _meta(segments: Segments, rows: int) -> tuple[jax.Array, ...]:
 
 
 @partial(jax.jit, static_argnames=("part_sizes", "t", "sms", "interpret"))
-def _launch_base(
-    x: Float[Array, "T K"],
-    w: Float[Array, "K N"],
-    *,
-    part_sizes: tuple[int, ...],
-    t: Tuning,
-    sms: int,
-    interpret: bool,
-) -> Float[Array, "split T N"]:
-    k = Kernel(
-        rows=x.shape[0], width=x.shape[1], part_sizes=part_sizes, pages=0, t=t, sms=sms,
-        dtype=jnp.dtype(x.dtype),
-    )  # fmt: skip
-    return k.call("multiply", k.out_types()[:1], (x, w), interpret)[0]
-
-
-@partial(jax.jit, static_argnames=("part_sizes", "t", "sms", "interpret"))
 def _launch(
     x: Float[Array, "T K"],
     w: Float[Array, "K N"],
-    a: Float[Array, "P R K"],
-    b: Float[Array, "P 16 N"],
-    pages: Int[Array, " Pa"],
-    count: Int[Array, " 1"],
-    mask: Float[Array, "Pa rows"],
-    sync: Int[Array, " 16"],
+    a: Float[Array, "P R K"] | None = None,
+    b: Float[Array, "P 16 N"] | None = None,
+    pages: Int[Array, " Pa"] | None = None,
+    count: Int[Array, " 1"] | None = None,
+    mask: Float[Array, "Pa rows"] | None = None,
+    sync: Int[Array, " 16"] | None = None,
     *,
     part_sizes: tuple[int, ...],
     t: Tuning,
@@ -240,11 +192,13 @@ def _launch(
     interpret: bool,
 ) -> Float[Array, "split T N"]:
     k = Kernel(
-        rows=x.shape[0], width=x.shape[1], part_sizes=part_sizes, pages=pages.shape[0],
-        t=t, sms=sms, dtype=jnp.dtype(x.dtype),
+        rows=x.shape[0], width=x.shape[1], part_sizes=part_sizes,
+        pages=0 if pages is None else pages.shape[0], t=t, sms=sms, dtype=jnp.dtype(x.dtype),
     )  # fmt: skip
     y, u, p = k.out_types()
-    args = (x, w, a, b, pages, count, mask, sync)
+    if pages is None:
+        return k.call("multiply", (y,), (x, w), interpret)[0]
+    args: tuple[Any, ...] = (x, w, a, b, pages, count, mask, sync)
     if not interpret:
         return k.call("all", (y, u, p), args)[0]
     # The interpreter has no counters that blocks can wait on: one launch a phase.
