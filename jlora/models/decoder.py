@@ -20,6 +20,7 @@ from jlora.ops import KV
 from jlora.quant import Dense, matmul
 from jlora.shape import Shape
 from jlora.sharding import AXIS, GROUP_AXES, Layout
+from kernels_pallas.gated_mlp import gated_mlp
 from kernels_pallas.lora_matmul import (
     ActivePages,
     RankPool,
@@ -64,14 +65,21 @@ class Linear(nnx.Module):
 
         `summed` false: with an axis of parts that the reader sums, where nothing else is to be done."""
         own = pools.get(self.group) if pools is not None else None
-        whole = self.summed_over == 1 and (own is None or own.scale is None)
+        whole = self._is_whole(own)
         dtype = ops.product_dtype(x.dtype) if whole else jnp.float32
-        summed = summed or not whole or self.bias is not None
+        summed = summed or not self.is_plain(own)
         y = self.weight.matmul(x, own, batch.segments, self.parts, dtype, summed=summed)
         y = ops.all_reduce(y, self.summed_over)
         if own is not None:
             y = lora_epilogue(y, own, batch.segments)
         return y if self.bias is None else y + self.bias[...]
+
+    def is_plain(self, own: RankPool | ActivePages | None) -> bool:
+        """Whether the projection is nothing but `lora_matmul`."""
+        return self._is_whole(own) and self.bias is None
+
+    def _is_whole(self, own: RankPool | ActivePages | None) -> bool:
+        return self.summed_over == 1 and (own is None or own.scale is None)
 
 
 class Layer(nnx.Module):
@@ -266,7 +274,7 @@ def _layer(
     # One launch that adds and normalises sums the parts of a projection on its way.
     summed = cfg.post_norms or next_norm is None
     h = normed(x, "attn_norm") if h is None else h
-    qkv = layer.qkv(h, pools, batch).astype(dtype)
+    qkv = _narrow(layer.qkv(h, pools, batch, summed=False), dtype)
     norms = None
     if cfg.qk_norm:
         of_heads = head_norm("q_norm"), head_norm("k_norm")
@@ -290,7 +298,8 @@ def _layer(
 
 
 def _narrow(out: Float[Array, "*sums T D"], dtype: jnp.dtype) -> Float[Array, "*sums T D"]:
-    """What `add_norm` takes: parts that are to be summed as they are, all else in x's type."""
+    """What `add_norm` and `rope_write` take: parts that are to be summed as they are, all else in x's
+    type."""
     if out.ndim == 3 and len(out) > 1:
         return out
     return (out[0] if out.ndim == 3 else out).astype(dtype)
@@ -308,9 +317,38 @@ def _mlp(
         return layer.experts(h, cfg, batch, pools or {})
     assert layer.gate_up is not None
     assert layer.down is not None
+    parts = _in_one_launch(layer.gate_up, layer.down, h, pools, batch, cfg)
+    if parts is not None:
+        return parts.sum(0) if summed else parts
     both = layer.gate_up(h, pools, batch)
     h = ops.act_mul(both, activation=cfg.activation).astype(h.dtype)
     return layer.down(h, pools, batch, summed=summed)
+
+
+def _in_one_launch(
+    gate_up: Linear,
+    down: Linear,
+    h: Float[Array, "T D"],
+    pools: dict[str, RankPool] | dict[str, ActivePages] | None,
+    batch: Batch,
+    cfg: ModelConfig,
+) -> Float[Array, "parts T D"] | None:
+    """The MLP in parts where nothing but projections and the activation is to be done, and a kernel
+    does that."""
+    own = [pools.get(linear.group) if pools is not None else None for linear in (gate_up, down)]
+    plain = gate_up.is_plain(own[0]) and down.is_plain(own[1])
+    if not plain or (own[0] is None) != (own[1] is None):
+        return None
+    both = None if own[0] is None or own[1] is None else (own[0], own[1])
+    return gated_mlp(
+        h,
+        gate_up.weight.kernel[...],
+        down.weight.kernel[...],
+        both,
+        batch.segments if both else None,
+        activation=cfg.activation,
+        rows=batch.positions,
+    )
 
 
 def logits(

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from kernels_pallas.lora_matmul import hopper_wide, hopper_wide_tuning, xla
 from kernels_pallas.lora_matmul.hopper_kernel import Kernel
+from kernels_pallas.lora_matmul.hopper_sync import counters
 from kernels_pallas.lora_matmul.hopper_tuning import Tuning, base_tuning, tuning
 from kernels_pallas.lora_matmul.types import RankPool, Segments
 
@@ -46,8 +47,8 @@ def matmul(
     they share two counters, which every call leaves at zero.
     """
     _refuse(x, w, pool, interpret)
-    sms = sms or _device_sms()
-    rows = _padded(x.shape[0])
+    sms = sms or device_sms()
+    rows = padded_rows(x.shape[0])
     tiles = tuning if rows <= NARROW_ROWS else hopper_wide_tuning.tuning
     config = config or tiles(rows, x.shape[1], part_sizes, sms)
     return _matmul(part_sizes, config, sms, interpret, x, w, pool, segments)
@@ -67,8 +68,8 @@ def base_matmul(
     _refuse(x, w, None, interpret)
     if x.shape[0] > NARROW_ROWS:
         raise NotImplementedError(f"{x.shape[0]} rows: up to {NARROW_ROWS} are supported")
-    sms = sms or _device_sms()
-    config = config or base_tuning(_padded(x.shape[0]), x.shape[1], part_sizes, sms)
+    sms = sms or device_sms()
+    config = config or base_tuning(padded_rows(x.shape[0]), x.shape[1], part_sizes, sms)
     return _matmul(part_sizes, config, sms, interpret, x, w, None, None)
 
 
@@ -77,14 +78,14 @@ def base_worth_it(x: jax.Array, w: jax.Array, part_sizes: tuple[int, ...]) -> bo
     least, most = BASE_ROWS
     if not least <= x.shape[0] <= most:
         return False
-    sms = _device_sms()
-    t = base_tuning(_padded(x.shape[0]), w.shape[0], part_sizes, sms)
+    sms = device_sms()
+    t = base_tuning(padded_rows(x.shape[0]), w.shape[0], part_sizes, sms)
     return w.shape[1] // t.bn * t.split >= BASE_BUSY * sms
 
 
 def worth_it(x: jax.Array, part_sizes: tuple[int, ...]) -> bool:
     """Whether the kernel is faster than XLA for these shapes, as far as it was measured."""
-    return hopper_wide_tuning.worth_it(x.shape[0], part_sizes, _device_sms())
+    return hopper_wide_tuning.worth_it(x.shape[0], part_sizes, device_sms())
 
 
 def _refuse(x: jax.Array, w: jax.Array, pool: RankPool | None, interpret: bool) -> None:
@@ -98,7 +99,7 @@ def _refuse(x: jax.Array, w: jax.Array, pool: RankPool | None, interpret: bool) 
         raise NotImplementedError(f"the kernel needs jax 0.11, this is {jax.__version__}")
 
 
-def _padded(rows: int) -> int:
+def padded_rows(rows: int) -> int:
     step = 8 if rows <= 64 else 128
     return -(-rows // step) * step
 
@@ -116,12 +117,12 @@ def _matmul(
 ) -> jax.Array:
     """Without pool and segments: the product alone."""
     rows = x.shape[0]
-    padded, lora = _padded(rows), ()
+    padded, lora = padded_rows(rows), ()
     if pool is not None and segments is not None:
         if isinstance(config, hopper_wide_tuning.Tuning):
             own: dict[str, Any] = {"config": config, "sms": sms, "interpret": interpret}
             return hopper_wide.matmul(x, w, pool, segments, part_sizes=part_sizes, **own)
-        lora = (pool.a, pool.b, *_meta(segments, padded))
+        lora = (pool.a, pool.b, *meta(segments, padded))
     assert isinstance(config, Tuning)
     x = jnp.pad(x, ((0, padded - rows), (0, 0)))
     y = _launch(x, w, *lora, part_sizes=part_sizes, t=config, sms=sms, interpret=interpret)
@@ -153,13 +154,13 @@ def _matmul_backward(
 _matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
-def _device_sms() -> int:
+def device_sms() -> int:
     abstract = jax.sharding.get_abstract_mesh().abstract_device
     count = abstract.num_cores if abstract else jax.devices()[0].core_count
     return count or 132
 
 
-def _meta(segments: Segments, rows: int) -> tuple[jax.Array, ...]:
+def meta(segments: Segments, rows: int) -> tuple[jax.Array, ...]:
     """pages, owner and count of active pages, the mask [Pa, rows], and counters that are zero.
 
     The same for all layers: XLA computes it once a step."""
@@ -170,9 +171,7 @@ def _meta(segments: Segments, rows: int) -> tuple[jax.Array, ...]:
     adapter = jnp.pad(segments.adapter, (0, over), constant_values=-1)
     count = jnp.sum(owner >= 0).astype(jnp.int32)[None]
     mask = ((owner[:, None] == adapter) & (adapter >= 0)).astype(jnp.float32)
-    # Zeros that XLA cannot fold into a constant: the kernel writes them (and puts them back).
-    sync = jnp.minimum(jnp.broadcast_to(count, (16,)), 0)
-    return pages, count, mask, sync
+    return pages, count, mask, counters(count)
 
 
 @partial(jax.jit, static_argnames=("part_sizes", "t", "sms", "interpret"))
@@ -184,7 +183,7 @@ def _launch(
     pages: Int[Array, " Pa"] | None = None,
     count: Int[Array, " 1"] | None = None,
     mask: Float[Array, "Pa rows"] | None = None,
-    sync: Int[Array, " 16"] | None = None,
+    sync: Int[Array, " words"] | None = None,
     *,
     part_sizes: tuple[int, ...],
     t: Tuning,

@@ -10,6 +10,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu import utils as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,9 +30,13 @@ class Ring:
         return lax.rem(n, jnp.int32(self.stages))
 
     def acquire(self, n: jax.Array) -> tuple[Any, Any, jax.Array]:
-        """Wait until slot of step n is free; its x tile, its w tile, its number."""
-        slot = self._slot(n)
+        """Wait until the slot of step n is free; its x tile, its w tile, its number."""
         self._wait_free(n)
+        return self.slot(n)
+
+    def slot(self, n: jax.Array) -> tuple[Any, Any, jax.Array]:
+        """The same for who has acquired it."""
+        slot = self._slot(n)
         x_tile = self.xs.at[pl.ds(slot * self.rows, self.rows)]
         return x_tile, self.ws.at[slot], slot
 
@@ -54,22 +59,61 @@ class Ring:
     ) -> jax.Array:
         """acc += x tile @ w tile for `steps` steps from n on; a slot is free one step later."""
 
-        def release(n: jax.Array) -> None:
-            plgpu.barrier_arrive(self.empty.at[self._slot(n)])
-
         def step(k: jax.Array, n: jax.Array) -> jax.Array:
             slot = self._slot(n)
             plgpu.barrier_wait(full.at[slot])
             x_tile = self.xs.at[pl.ds(slot * self.rows + wg * 64, 64)]
             plgpu.wgmma(acc, x_tile, self.ws.at[slot])
             plgpu.wgmma_wait(1)
-            pl.when(k > 0)(partial(release, n + self.stages - 1))
+            pl.when(k > 0)(partial(self._release, n + self.stages - 1))
             return n + 1
 
         n = lax.fori_loop(0, steps, step, n)
         plgpu.wgmma_wait(0)
-        pl.when(steps > 0)(partial(release, n + self.stages - 1))
+        pl.when(steps > 0)(partial(self._release, n + self.stages - 1))
         return n
+
+    def consume_pair(
+        self, accs: tuple[Any, Any], full: Any, steps: jax.Array | int, n: jax.Array, *,
+        slots: int = 1, other_x: int = 0,
+    ) -> jax.Array:  # fmt: skip
+        """The same for two accumulators and slots with two w tiles, one multiplying warpgroup. One slot
+        a step: each takes one of the w tiles, the second the x that lies `other_x` rows further. Two
+        slots: each takes x and the first w tile of its own."""
+
+        def release(n: jax.Array) -> None:
+            for j in range(slots):
+                self._release(n + j)
+
+        def step(k: jax.Array, n: jax.Array) -> jax.Array:
+            for j, acc in enumerate(accs):
+                slot = self._slot(n + min(j, slots - 1))
+                if j < slots:
+                    plgpu.barrier_wait(full.at[slot])
+                own = j if slots == 1 else 0
+                x_tile = self.xs.at[pl.ds(slot * self.rows + own * other_x, 64)]
+                plgpu.wgmma(acc, x_tile, self.ws.at[slot, own])
+            plgpu.wgmma_wait(2)
+            pl.when(k > 0)(partial(release, n + self.stages - slots))
+            return n + slots
+
+        n = lax.fori_loop(0, steps, step, n)
+        plgpu.wgmma_wait(0)
+        pl.when(steps > 0)(partial(release, n + self.stages - slots))
+        return n
+
+    def _release(self, n: jax.Array) -> None:
+        plgpu.barrier_arrive(self.empty.at[self._slot(n)])
+
+
+COUNTERS = 6
+"""Grid-wide waits that a launch may need, each a word of its own stretch of eight."""
+
+
+def counters(count: Int[Array, "..."]) -> Int[Array, " words"]:
+    """Counters at zero for the launches of a step, made of any number that is not negative: XLA must
+    not fold them into a constant, because the launches write them (and put them back)."""
+    return jnp.minimum(jnp.broadcast_to(count, (8 * COUNTERS,)), 0)
 
 
 class Counters:

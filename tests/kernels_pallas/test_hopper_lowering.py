@@ -15,6 +15,7 @@ from jax.sharding import AbstractMesh, AxisType
 
 from kernels_pallas.act_mul import hopper as act_mul
 from kernels_pallas.add_norm import hopper as add_norm
+from kernels_pallas.gated_mlp import hopper as gated_mlp
 from kernels_pallas.lora_matmul import RankPool, Segments
 from kernels_pallas.lora_matmul import hopper as lora_matmul
 from kernels_pallas.lora_matmul.shapes import LLAMA_8B
@@ -118,11 +119,31 @@ def test_the_gate_is_one_launch(activation):
     assert launches(f, like(32, 28672)) == 1
 
 
-def test_rope_and_write_are_one_launch():
+@pytest.mark.parametrize("rows", [8, 32, 64])
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_gated_mlp_is_one_launch(rows, lora):
+    width, hidden, counts = 4096, 14336, ints(rows)
+    pools = tuple(
+        RankPool(a=like(PAGES, 16 * parts, inner), b=like(PAGES, 16, outer))
+        for parts, inner, outer in ((2, width, 2 * hidden), (1, hidden, width))
+    )
+    segments = Segments(pages=ints(32), owner=ints(32), adapter=counts)
+
+    def f(x, gate_up, down, pools, segments, rows):
+        own = (pools, segments) if lora else (None, None)
+        return gated_mlp.gated_mlp(x, gate_up, down, *own, rows, activation="silu")
+
+    args = (like(rows, width), like(width, 2 * hidden), like(hidden, width))
+    assert launches(f, *args, pools, segments, counts) == 1
+
+
+@pytest.mark.parametrize("parts", [(), (2,)])
+def test_rope_and_write_are_one_launch(parts):
     half, pool = like(32, 64, dtype=jnp.float32), like(100, 8, 16, 128)
 
     def f(*args):
         return rope_write.rope_write(*args, norms=None)
 
-    args = (like(32, 48, 128), half, half, ints(32), ints(32), pool, pool)
+    qkv = like(*parts, 32, 48, 128, dtype=jnp.float32 if parts else BF16)
+    args = (qkv, half, half, ints(32), ints(32), pool, pool)
     assert launches(f, *args) == 1

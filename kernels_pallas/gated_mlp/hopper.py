@@ -1,0 +1,135 @@
+"""The gated MLP for Hopper in ONE launch (Mosaic GPU): gate, up, activation, down and their LoRA.
+
+One persistent block an SM. A tile of the first product has as many columns of gate as of up, so
+that the activation is its epilogue; the hidden state goes to L2, one grid-wide wait, and the second
+product begins. Its weights do not wait: the ring of tiles in shared memory runs on through the
+boundary, where separate launches leave memory idle for as long as one ends, the activation runs
+and the next begins. LoRA as in `kernels_pallas.lora_matmul.hopper`, for both products.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from kernels_pallas.act_mul.xla import act_mul
+from kernels_pallas.gated_mlp.hopper_kernel import STAGES, GatedMLP
+from kernels_pallas.gated_mlp.hopper_tuning import HALF, WIDE, Tuning, tuning
+from kernels_pallas.lora_matmul import xla
+from kernels_pallas.lora_matmul.hopper import device_sms, meta, padded_rows
+from kernels_pallas.lora_matmul.hopper_sync import counters
+from kernels_pallas.lora_matmul.types import PAGE, ActivePages, RankPool, Segments
+
+BUSY = 0.7
+"""The share of SMs that must have work in either product."""
+
+Pools = tuple[RankPool, RankPool]
+
+
+def gated_mlp(
+    x: Float[Array, "T D"],
+    gate_up: Float[Array, "D twice"],
+    down: Float[Array, "F D"],
+    pools: tuple[RankPool | ActivePages, RankPool | ActivePages] | None,
+    segments: Segments | None,
+    rows: Int[Array, "..."] | None,
+    *,
+    activation: str,
+    config: Tuning | None = None,
+    sms: int | None = None,
+    interpret: bool = False,
+) -> Float[Array, "parts T D"]:
+    """See `kernels_pallas.gated_mlp`."""
+    if not all(isinstance(pool, RankPool) for pool in pools or ()):
+        raise NotImplementedError("copies of pages are not supported: the kernel copies none out")
+    kinds = {array.dtype for array in (x, gate_up, down, *(pool.a for pool in pools or ()))}
+    if len(kinds) > 1 or x.dtype not in (jnp.bfloat16, jnp.float16):
+        raise NotImplementedError(f"{sorted(map(str, kinds))}: all must be bfloat16 or float16")
+    if any(pool.b.shape[1] != PAGE for pool in pools or ()):
+        raise NotImplementedError(f"pages of {PAGE} ranks are supported")
+    if not interpret and jax.__version_info__ < (0, 11):
+        raise NotImplementedError(f"the kernel needs jax 0.11, this is {jax.__version__}")
+    sms = sms or device_sms()
+    hidden, width = down.shape
+    config = config or tuning(padded_rows(x.shape[0]), width, hidden, sms, lora=pools is not None)
+    static = activation, config, sms, interpret
+    return _gated_mlp(static, x, gate_up, down, pools, segments, rows)
+
+
+def worth_it(x: jax.Array, hidden: int) -> bool:
+    """Whether the launch is expected to be faster than two products and an activation."""
+    sms, rows = device_sms(), padded_rows(x.shape[0])
+    if rows > 64:
+        return False
+    t = tuning(rows, x.shape[1], hidden, sms, lora=True)
+    tiles, units = hidden // HALF // t.rounds, x.shape[1] // WIDE * t.down.split
+    return all(count >= BUSY * sms for count in (tiles, units))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _gated_mlp(
+    static: tuple[str, Tuning, int, bool],
+    x: jax.Array,
+    gate_up: jax.Array,
+    down: jax.Array,
+    pools: Pools | None,
+    segments: Segments | None,
+    rows: jax.Array | None,
+) -> jax.Array:
+    tokens = x.shape[0]
+    padded, args = padded_rows(tokens), {"w1": gate_up, "w2": down}
+    if pools is not None and segments is not None:
+        first, second = pools
+        pages, count, mask, sync = meta(segments, padded)
+        args |= {"a1": first.a, "b1": first.b, "a2": second.a, "b2": second.b}
+        args |= {"pages": pages, "count": count, "mask": mask}
+    else:
+        assert rows is not None, "grid-wide waits need counters, which are made of rows"
+        sync = counters(jnp.sum(rows >= 0).astype(jnp.int32))
+    x = jnp.pad(x, ((0, padded - tokens), (0, 0)))
+    return _launch(static, {"x": x, **args, "sync": sync})[:, :tokens]
+
+
+def _forward(static: Any, *args: Any) -> tuple[jax.Array, tuple[Any, ...]]:
+    return _gated_mlp(static, *args), args
+
+
+def _backward(static: Any, saved: Any, dy: jax.Array) -> tuple[Any, ...]:
+    """Gradients of x, the weights and the pools by XLA."""
+    *arrays, pools, segments, _ = saved
+
+    def plain(x: jax.Array, gate_up: jax.Array, down: jax.Array, pools: Pools | None) -> jax.Array:
+        def product(x: jax.Array, w: jax.Array, which: int, part_sizes: tuple[int, ...]):
+            y = xla.base_matmul(x, w)
+            if pools is not None:
+                y += xla.lora_delta(x, pools[which], segments, part_sizes=part_sizes)
+            return y
+
+        both = product(x, gate_up, 0, (down.shape[0],) * 2)
+        h = act_mul(both, activation=static[0]).astype(x.dtype)
+        return product(h, down, 1, down.shape[1:])
+
+    return (*jax.vjp(plain, *arrays, pools)[1](dy[0]), None, None)  # parts have all the same
+
+
+_gated_mlp.defvjp(_forward, _backward)
+
+
+@partial(jax.jit, static_argnums=0)
+def _launch(static: tuple[str, Tuning, int, bool], args: dict[str, jax.Array]) -> jax.Array:
+    activation, config, sms, interpret = static
+    (rows, width), hidden = args["x"].shape, args["w2"].shape[0]
+    pages = args["pages"].shape[0] if "pages" in args else 0
+    kernel = GatedMLP(
+        rows=rows, width=width, hidden=hidden, activation=activation, pages=pages, t=config,
+        sms=sms, dtype=jnp.dtype(args["x"].dtype),
+    )  # fmt: skip
+    if not interpret:
+        return kernel.call(STAGES, tuple(kernel.out_types()), args)["y"]
+    # The interpreter has no counters that blocks can wait on: one launch a stage.
+    for stage, out in zip(STAGES, ("p1", "u1", "h", "p2", "u2", "y"), strict=True):
+        if pages or out in "hy":
+            args |= kernel.call((stage,), (out,), args, interpret)
+    return args["y"]
