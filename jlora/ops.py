@@ -72,7 +72,7 @@ def embed(
 
 
 def attention(
-    qkv: Float[Array, "*parts T qkv"],
+    qkv: Float[Array, "T qkv"],
     turn: tuple[Float[Array, "T half"], Float[Array, "T half"]],
     kv: KV,
     batch: Batch,
@@ -91,7 +91,7 @@ def attention(
     """
     page_size, width = kv[0].shape[2:]
     pages, offsets = kv_place(batch, page_size, decode, block)
-    heads = qkv.reshape(*qkv.shape[:-1], -1, width)
+    heads = qkv.reshape(qkv.shape[0], -1, width)
     q, keys, values = rope_write(heads, *turn, pages, offsets, *kv, norms=norms)
     out = paged_attention(
         q,

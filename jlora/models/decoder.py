@@ -274,7 +274,7 @@ def _layer(
     # One launch that adds and normalises sums the parts of a projection on its way.
     summed = cfg.post_norms or next_norm is None
     h = normed(x, "attn_norm") if h is None else h
-    qkv = _narrow(layer.qkv(h, pools, batch, summed=False), dtype)
+    qkv = layer.qkv(h, pools, batch).astype(dtype)
     norms = None
     if cfg.qk_norm:
         of_heads = head_norm("q_norm"), head_norm("k_norm")
@@ -298,8 +298,7 @@ def _layer(
 
 
 def _narrow(out: Float[Array, "*sums T D"], dtype: jnp.dtype) -> Float[Array, "*sums T D"]:
-    """What `add_norm` and `rope_write` take: parts that are to be summed as they are, all else in x's
-    type."""
+    """What `add_norm` takes: parts that are to be summed as they are, all else in x's type."""
     if out.ndim == 3 and len(out) > 1:
         return out
     return (out[0] if out.ndim == 3 else out).astype(dtype)

@@ -37,9 +37,9 @@ def tuning(rows: int, width: int, hidden: int, sms: int, *, lora: bool) -> Tunin
         s for s in (1, 2, 4, 8)
         if width // WIDE * s <= sms and hidden % (DEPTH * rounds * s) == 0
     ]  # fmt: skip
-    common = {"bn": WIDE, "bk": DEPTH, "stages": 0, "shrink_stages": 4, "tail": 1}
+    common = {"bn": WIDE, "bk": DEPTH, "stages": 0, "shrink_stages": 4, "tail": 3}
     made = Tuning(
-        slots=5,
+        slots=5 if lora else 6,
         rounds=rounds,
         gate_up=hopper_tuning.Tuning(
             **common, split=1, slices=_slices(width), group=2,

@@ -63,19 +63,14 @@ class Kernel:
         return self.t.bk // PAGE
 
     @property
-    def sums(self) -> int:
-        """Parts of the result."""
-        return 2 if self.t.rest else self.t.split
-
-    @property
     def out_dtype(self) -> Any:
-        return self.dtype if self.sums == 1 else jnp.dtype(jnp.float32)
+        return self.dtype if self.t.split == 1 else jnp.dtype(jnp.float32)
 
     def out_types(self) -> tuple[jax.ShapeDtypeStruct, ...]:
         """y; u = x A^T, masked; and its slices."""
         padded = self.row_blocks * self.wgs * 64
         return (
-            jax.ShapeDtypeStruct((self.sums, self.rows, sum(self.part_sizes)), self.out_dtype),
+            jax.ShapeDtypeStruct((self.t.split, self.rows, sum(self.part_sizes)), self.out_dtype),
             jax.ShapeDtypeStruct((self.parts, self.rows, self.pages * PAGE), self.dtype),
             jax.ShapeDtypeStruct(
                 (self.t.slices, self.pages * self.parts, padded, PAGE), jnp.float32
@@ -190,28 +185,12 @@ class Kernel:
     # last, so that blocks without a tile take the shrink first.
 
     def _tiles_of_block(self) -> jax.Array:
-        sm = lax.axis_index("sm")
-        if self.t.rest:
-            helped = lax.max(self.tiles - (sm - self.tiles) * self._helps, 0)
-            return lax.select(
-                sm < self.tiles, jnp.int32(1), lax.min(helped, jnp.int32(self._helps))
-            )
         total = self.tiles * self.t.split * self.row_blocks
-        return (total - sm + self.sms - 1) // self.sms
-
-    @property
-    def _helps(self) -> int:
-        """Columns of which a block without one of its own takes the rest."""
-        return -(-self.tiles // (self.sms - self.tiles))
+        return (total - lax.axis_index("sm") + self.sms - 1) // self.sms
 
     def _tile(self, i: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Row block, column tile and K split. Row blocks that share a tile of w are neighbours."""
-        sm = lax.axis_index("sm")
-        if self.t.rest:
-            own = sm < self.tiles
-            column = lax.select(own, sm, (sm - self.tiles) * self._helps + i)
-            return jnp.int32(0), column, lax.select(own, jnp.int32(0), jnp.int32(1))
-        unit = sm + i * self.sms
+        unit = lax.axis_index("sm") + i * self.sms
         m, rest = lax.rem(unit, jnp.int32(self.row_blocks)), unit // self.row_blocks
         return m, lax.rem(rest, jnp.int32(self.tiles)), rest // self.tiles
 
@@ -222,20 +201,13 @@ class Kernel:
         return self.sms - 1 - lax.axis_index("sm")
 
     def _expands(self, active: jax.Array, s: jax.Array) -> jax.Array:
-        """Expand steps of a tile: K splits take chunks of pages in turn; who helps takes none."""
+        """Expand steps of a tile: K splits take chunks of pages in turn."""
         chunks = _cdiv(active, self.chunk)
-        if self.t.rest:
-            return lax.select(s == 0, chunks, jnp.zeros_like(chunks))
         return lax.max(_cdiv(chunks - s, self.t.split), 0)
 
-    def _depth(self, s: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """First tile of w of a K split, and how many."""
-        total, rest = self.width // self.t.bk, self.t.rest
-        if rest:
-            first = lax.select(s == 0, jnp.int32(0), jnp.int32(total - rest))
-            return first, lax.select(s == 0, jnp.int32(total - rest), jnp.int32(rest))
-        steps = total // self.t.split
-        return s * steps, jnp.int32(steps)
+    @property
+    def _steps(self) -> int:
+        return self.width // self.t.bk // self.t.split
 
     def produce(
         self, ring: Any, x: Any, w: Any, b: Any, u: Any, pages: Any, active: Any, ready: Any
@@ -255,7 +227,6 @@ class Kernel:
             n, waited = carry
             m, c, s = self._tile(i)
             x_rows, columns = pl.ds(m * rows, rows), pl.ds(c * t.bn, t.bn)
-            start, steps = self._depth(s)
             ids = page_ids(s, 0) if self.pages else []
             part = jnp.int32(0)
             for end in ends[:-1]:
@@ -263,7 +234,7 @@ class Kernel:
 
             def load_base(k: jax.Array, n: jax.Array) -> jax.Array:
                 x_tile, w_tile, slot = ring.acquire(n)
-                depth = pl.ds((start + k) * t.bk, t.bk)
+                depth = pl.ds((s * self._steps + k) * t.bk, t.bk)
                 plgpu.copy_gmem_to_smem(w.at[depth, columns], w_tile, ring.full.at[slot])
                 plgpu.copy_gmem_to_smem(x.at[x_rows, depth], x_tile, ring.full.at[slot])
                 return n + 1
@@ -281,12 +252,12 @@ class Kernel:
                 plgpu.copy_gmem_to_smem(u.at[part, x_rows, ranks], x_tile, barrier)
                 return n + 1, *page_ids(s, e + 1)
 
-            n = lax.fori_loop(0, steps - t.tail, load_base, n)
+            n = lax.fori_loop(0, self._steps - t.tail, load_base, n)
             if self.pages:
                 expands = self._expands(active, s)
                 n, *_ = lax.fori_loop(0, expands, load_expand, (n, *ids))
                 waited = waited | (expands > 0).astype(jnp.int32)
-            return lax.fori_loop(steps - t.tail, steps, load_base, n), waited
+            return lax.fori_loop(self._steps - t.tail, self._steps, load_base, n), waited
 
         zero = jnp.int32(0)
         n, _ = lax.fori_loop(0, self._tiles_of_block(), tile, (zero, zero))
@@ -298,10 +269,9 @@ class Kernel:
 
         def tile(i: jax.Array, n: jax.Array) -> jax.Array:
             m, c, s = self._tile(i)
-            _, steps = self._depth(s)
 
             def accumulate(acc: Any) -> tuple[jax.Array, jax.Array]:
-                k = ring.consume(acc, wg, ring.full, steps - t.tail, n)
+                k = ring.consume(acc, wg, ring.full, self._steps - t.tail, n)
                 if self.pages:
                     k = ring.consume(acc, wg, ring.full_expand, self._expands(active, s), k)
                 k = ring.consume(acc, wg, ring.full, t.tail, k)

@@ -18,9 +18,6 @@ class Tuning:
     """Rows of w in a tile."""
     split: int
     """Parts of K that are summed outside (by XLA, in the next elementwise kernel)."""
-    rest: int = 0
-    """Where K is not split: the last tiles of w of each column that blocks without a column of their own
-    take, each of several columns; a second part of the result. 0: none."""
     stages: int
     """Tiles in flight."""
     slices: int
@@ -57,21 +54,12 @@ def tuning(rows: int, width: int, part_sizes: tuple[int, ...], sms: int) -> Tuni
     made = Tuning(
         bn=bn, bk=bk, split=split, stages=stages, slices=slices, group=group,
         shrink_stages=shrink_stages, tail=1,
-        rest=_rest(width // bk, total // bn, sms) if split == 1 and rows <= 64 else 0,
     )  # fmt: skip
     while made.stages > 2 and _shared_bytes(made, rows, parts) > SHARED_BYTES:
         made = dataclasses.replace(made, stages=made.stages - 1)
     if _shared_bytes(made, rows, parts) > SHARED_BYTES:
         raise NotImplementedError(f"{rows} rows, K={width}, parts {part_sizes}: no tile fits")
     return made
-
-
-def _rest(steps: int, tiles: int, sms: int) -> int:
-    """Tiles of w that each column gives away, so that all blocks have about as many."""
-    idle = sms - tiles
-    if idle <= 0 or 4 * idle < tiles:
-        return 0
-    return steps // (-(-tiles // idle) + 1)
 
 
 def base_tuning(rows: int, width: int, part_sizes: tuple[int, ...], sms: int) -> Tuning:
@@ -88,5 +76,5 @@ def _shared_bytes(t: Tuning, rows: int, parts: int) -> int:
     over = 64 * warpgroups - block
     tiles = 2 * t.stages * (block * t.bk + t.bk * t.bn) + 2 * over * t.bk
     shrink = parts and 128 * (t.shrink_stages * (block + t.group * parts * PAGE) + over)
-    out = warpgroups * min(2, t.bn // 64) * 64 * 64 * (2 if t.split == 1 and not t.rest else 4)
+    out = warpgroups * min(2, t.bn // 64) * 64 * 64 * (2 if t.split == 1 else 4)
     return tiles + shrink + out + 64 * PAGE * 2

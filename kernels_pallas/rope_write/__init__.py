@@ -2,7 +2,6 @@
 
 Semantics (N query heads, K kv heads; rope in the half-split form of Hugging Face's Llama):
 
-    qkv = sum(qkv).astype(keys.dtype)                           # where it comes in parts
     q, k, v = split(qkv, (N, N + K), axis=1)                    # [T, N | K | K, H]
     q, k = rms_norm(q, q_norm), rms_norm(k, k_norm)             # where a model has them
     q, k = rope(q, cos, sin), rope(k, cos, sin)                 # in float32, then rounded

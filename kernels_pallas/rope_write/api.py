@@ -15,7 +15,7 @@ IMPLEMENTATIONS = ("xla", "hopper")
 
 
 def rope_write(
-    qkv: Float[Array, "*parts T heads H"],
+    qkv: Float[Array, "T heads H"],
     cos: Float[Array, "T half"],
     sin: Float[Array, "T half"],
     pages: Int[Array, "T"],
@@ -30,7 +30,7 @@ def rope_write(
     caller's jit does: they are changed in place.
 
     Args:
-        qkv: heads of q, then of k, then of v, side by side; with an axis of parts, their sum.
+        qkv: heads of q, then of k, then of v, side by side.
         pages, offsets: where each token's K and V go; padding tokens may share a place.
         norms: of q and k, before they turn.
         implementation: "xla", "hopper" or None (chosen by the platform).
@@ -66,13 +66,13 @@ def _check(
     keys: jax.Array,
     values: jax.Array,
 ) -> None:
-    tokens, heads, width = qkv.shape[-3:]
+    tokens, heads, width = qkv.shape
     kv_heads = keys.shape[1]
     each = {cos.shape[:1], sin.shape[:1], pages.shape, offsets.shape} == {(tokens,)}
     pools = keys.shape == values.shape and keys.shape[3] == width and heads > 2 * kv_heads
     if not each or not pools or cos.shape != sin.shape:
         raise ValueError(
             f"qkv {qkv.shape}, cos {cos.shape}, sin {sin.shape}, pages {pages.shape}, offsets "
-            f"{offsets.shape}, keys {keys.shape}, values {values.shape}; expected [(parts,) T, N + 2 K, H], two "
+            f"{offsets.shape}, keys {keys.shape}, values {values.shape}; expected [T, N + 2 K, H], two "
             "[T, half], two [T] and two [P, K, page, H]"
         )

@@ -23,7 +23,7 @@ WARPS, LANES = 4, 32
 
 
 def rope_write(
-    qkv: Float[Array, "*parts T heads H"],
+    qkv: Float[Array, "T heads H"],
     cos: Float[Array, "T half"],
     sin: Float[Array, "T half"],
     pages: Int[Array, "T"],
@@ -37,24 +37,21 @@ def rope_write(
     """See `kernels_pallas.rope_write`."""
     if not interpret and jax.__version_info__ < (0, 11):
         raise NotImplementedError(f"the kernel needs jax 0.11, this is {jax.__version__}")
-    parts = qkv.ndim == 4 and qkv.dtype == jnp.float32
-    kinds = {keys.dtype, values.dtype} | (set() if parts else {qkv.dtype})
-    if len(kinds) > 1 or keys.dtype not in (jnp.bfloat16, jnp.float16):
+    if qkv.dtype not in (jnp.bfloat16, jnp.float16) or {keys.dtype, values.dtype} != {qkv.dtype}:
         raise NotImplementedError(
-            f"qkv {qkv.dtype}, keys {keys.dtype}, values {values.dtype}: all must be bfloat16 or float16, "
-            "only parts of qkv may be float32"
+            f"qkv {qkv.dtype}, keys {keys.dtype}, values {values.dtype}: all must be bfloat16 or float16"
         )
     weights = () if norms is None else (norms.q, norms.k)
-    if any(weight.ndim != 1 or weight.dtype != keys.dtype for weight in weights):
-        raise NotImplementedError(f"norms of q and k: one weight for all rows, {keys.dtype}")
+    if any(weight.ndim != 1 or weight.dtype != qkv.dtype for weight in weights):
+        raise NotImplementedError(f"norms of q and k: one weight for all rows, {qkv.dtype}")
     kv_heads, width = keys.shape[1], keys.shape[3]
     if 2 * cos.shape[1] != width:
         raise NotImplementedError(
             f"rope of {2 * cos.shape[1]} of {width} dimensions: all must turn"
         )
     kernel = RopeWrite(
-        heads=qkv.shape[-2] - 2 * kv_heads, kv_heads=kv_heads, half=width // 2,
-        parts=qkv.shape[0] if qkv.ndim == 4 else 0, interpret=interpret, **({} if norms is None else {"eps": norms.eps, "plus_one": norms.plus_one}),
+        heads=qkv.shape[1] - 2 * kv_heads, kv_heads=kv_heads, half=width // 2,
+        interpret=interpret, **({} if norms is None else {"eps": norms.eps, "plus_one": norms.plus_one}),
     )  # fmt: skip
     return _launch(kernel, qkv, cos, sin, pages, offsets, *weights, keys, values)
 
@@ -71,8 +68,6 @@ class RopeWrite:
     heads: int
     kv_heads: int
     half: int
-    parts: int = 0
-    """Of qkv, which are summed; 0: it is whole."""
     eps: float = 0.0
     """Of the norms of q and k, if there are any; and so `plus_one`."""
     plus_one: bool = False
@@ -115,13 +110,12 @@ class RopeWrite:
 
     def call(self, *args: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Launch. The pools, which come last, become refs: they are changed in place."""
-        tokens, dtype = args[1].shape[0], args[-1].dtype
-        pools = jax.new_ref(args[-2]), jax.new_ref(args[-1])
+        qkv, pools = args[0], (jax.new_ref(args[-2]), jax.new_ref(args[-1]))
         kernel = plgpu.kernel(
             self.body,
             kernel_name="rope_write",
-            out_type=jax.ShapeDtypeStruct((tokens, self.heads, 2 * self.half), dtype),
-            grid=(tokens,),
+            out_type=jax.ShapeDtypeStruct((qkv.shape[0], self.heads, 2 * self.half), qkv.dtype),
+            grid=(qkv.shape[0],),
             grid_names=("token",),
             # Nobody reads what another thread of the launch has written.
             compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
@@ -133,22 +127,22 @@ class RopeWrite:
     def body(self, qkv: Any, cos: Any, sin: Any, pages: Any, offsets: Any, *refs: Any) -> None:
         """What the block of a token runs: all loads first, so that all are in flight at once."""
         *weights, keys, values, q = refs
-        token, dtype = lax.axis_index("token"), q.dtype
+        token = lax.axis_index("token")
         page, offset = pages[token], offsets[token]
         turn = [self._row(part, (token,)) for part in (cos, sin)]
         norms = [[self._row(part, (half,)) for half in self._halves] for part in weights]
         starts = (0, self.heads, self.heads + self.kv_heads, self.heads + 2 * self.kv_heads)
         tiles = [
             [
-                self._loaded(qkv, (token, pl.ds(first, end - first), half), dtype)
+                load(qkv, (token, pl.ds(first, end - first), half), self.layout).astype(jnp.float32)
                 for half in self._halves
             ]
             for first, end in itertools.pairwise(starts)
         ]
         if norms:
-            tiles[:2] = map(partial(self._normed, dtype), tiles[:2], norms)
+            tiles[:2] = map(partial(self._normed, qkv.dtype), tiles[:2], norms)
         places = (q.at[token], keys.at[page, :, offset], values.at[page, :, offset])
-        limit = float(jnp.finfo(dtype).max)
+        limit = float(jnp.finfo(qkv.dtype).max)
         for i, (first, second) in enumerate(tiles):
             if i == 2:  # V
                 parts = [jnp.where(jnp.abs(x) <= limit, x, 0.0) for x in (first, second)]
@@ -156,14 +150,7 @@ class RopeWrite:
                 cosine, sine = (self._for_each(row, first.shape[0]) for row in turn)
                 parts = [first * cosine - second * sine, second * cosine + first * sine]
             for half, part in zip(self._halves, parts, strict=True):
-                places[i][:, half] = part.astype(dtype)
-
-    def _loaded(self, qkv: Any, index: tuple[Any, ...], dtype: Any) -> jax.Array:
-        """Numbers of qkv, rounded to its reader's type where they are a sum."""
-        if not self.parts:
-            return load(qkv, index, self.layout).astype(jnp.float32)
-        first, *others = [load(qkv, (part, *index), self.layout) for part in range(self.parts)]
-        return sum(others, first).astype(dtype).astype(jnp.float32)
+                places[i][:, half] = part.astype(qkv.dtype)
 
     def _normed(self, dtype: Any, parts: list[jax.Array], own: list[jax.Array]) -> list[jax.Array]:
         """RMSNorm of each head, rounded as `rms_norm` does."""

@@ -24,7 +24,7 @@ def rope(
 
 
 def rope_write(
-    qkv: Float[Array, "*parts T heads H"],
+    qkv: Float[Array, "T heads H"],
     cos: Float[Array, "T half"],
     sin: Float[Array, "T half"],
     pages: Int[Array, "T"],
@@ -35,8 +35,6 @@ def rope_write(
     norms: Norms | None,
 ) -> tuple[Float[Array, "T N H"], Float[Array, "P K page H"], Float[Array, "P K page H"]]:
     """See `kernels_pallas.rope_write`."""
-    if qkv.ndim == 4:
-        qkv = qkv.sum(0).astype(keys.dtype)
     kv_heads = keys.shape[1]
     heads = qkv.shape[1] - 2 * kv_heads
     q, k, v = jnp.split(qkv, (heads, heads + kv_heads), axis=1)

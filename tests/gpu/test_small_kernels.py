@@ -12,7 +12,7 @@ from kernels_pallas import testing
 from kernels_pallas.add_norm import add_norm
 from kernels_pallas.rope_write import rope_write, xla
 from tests.kernels_pallas.test_add_norm import distance, exact, inputs
-from tests.kernels_pallas.test_rope_write import Step, in_parts
+from tests.kernels_pallas.test_rope_write import Step
 
 pytestmark = [
     pytest.mark.gpu,
@@ -61,17 +61,6 @@ def test_q_and_pages_equal_the_plain_path_and_pools_stay_where_they_are(step, pl
         ours, theirs = (np.asarray(x.astype(jnp.float32))[first:] for x in (ours, theirs))
         np.testing.assert_allclose(ours, theirs, rtol=1 / 128, atol=1e-3)
         assert np.isfinite(ours).all()
-
-
-@pytest.mark.parametrize("step", [LLAMA(tokens=32, pages=6), Step(heads=14, kv_heads=2)])
-def test_parts_of_qkv_are_summed_on_their_way(step):
-    qkv, *rest = step.args(odd=True)
-    parts = in_parts(qkv)
-    f = jax.jit(functools.partial(rope_write, implementation="hopper"))
-    got, want = f(parts, *rest), f((parts[0] + parts[1]).astype(jnp.bfloat16), *rest)
-    for ours, theirs, first in zip(got, want, (0, 1, 1), strict=True):
-        ours, theirs = (np.asarray(x.astype(jnp.float32))[first:] for x in (ours, theirs))
-        np.testing.assert_array_equal(ours, theirs)
 
 
 def test_pools_are_not_copied_between_layers_that_share_a_step():

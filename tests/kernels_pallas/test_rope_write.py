@@ -120,28 +120,6 @@ def test_the_kernel_gives_what_the_plain_path_gives(step, plus_one):
         np.testing.assert_allclose(ours, theirs, rtol=1 / 128, atol=1e-3)
 
 
-def in_parts(qkv: jax.Array) -> jax.Array:
-    """Two float32 arrays that sum to what qkv is, up to a rounding of float32."""
-    other = jnp.linspace(-3, 3, qkv.size, dtype=jnp.float32).reshape(qkv.shape)
-    return jnp.stack([qkv.astype(jnp.float32) - other, other])
-
-
-@pytest.mark.parametrize("implementation", ["xla", pytest.param("hopper", marks=interpreted)])
-def test_parts_are_summed_and_rounded_as_if_they_had_come_whole(implementation):
-    step = Step()
-    qkv, *rest = step.args(odd=True)
-    parts = in_parts(qkv)
-    options = {"norms": step.norms(False)}
-    if implementation == "hopper":
-        options["interpret"] = True
-    f = {"xla": xla, "hopper": hopper}[implementation].rope_write
-    got = f(parts, *rest, **options)
-    want = f((parts[0] + parts[1]).astype(jnp.bfloat16), *rest, **options)
-    for ours, theirs in zip(got, want, strict=True):
-        assert ours.dtype == jnp.bfloat16
-        np.testing.assert_array_equal(*(x.astype(jnp.float32) for x in (ours, theirs)))
-
-
 @pytest.mark.parametrize(
     ("step", "norms", "said"),
     [
