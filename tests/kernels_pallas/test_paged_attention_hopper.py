@@ -76,7 +76,7 @@ def test_prefill_blocks_after_any_context_equal_float64_while_unseen_pages_hold_
 
 @pytest.mark.parametrize("window", [None, 90])
 @pytest.mark.parametrize("page", [16, 128])
-def test_every_tile_is_dealt_to_one_worker_and_none_gets_more_than_its_share(window, page):
+def test_every_tile_is_dealt_to_one_worker_in_even_shares_and_no_tiny_pieces(window, page):
     rng = np.random.default_rng(7)
     for _ in range(5):
         rows = int(rng.integers(1, 12))
@@ -96,7 +96,8 @@ def test_every_tile_is_dealt_to_one_worker_and_none_gets_more_than_its_share(win
         ]
         starts = np.cumsum(work[:, 0]) - work[:, 0]
         assert work[:, 0].sum() == len(want)
-        assert work[:, 0].max() <= work[0, 1]
+        least, per = hopper_plan.LEAST, work[0, 1]
+        assert work[:, 0].max() <= per + 2 * (least - 1)
         for start, (count, _, *entries) in zip(starts, work, strict=True):
             for i in range(min(count, 2)):
                 row, head, tile, at, *pages = entries[i * layout.entry : (i + 1) * layout.entry]
@@ -105,6 +106,16 @@ def test_every_tile_is_dealt_to_one_worker_and_none_gets_more_than_its_share(win
                 assert row * table <= min(pages)
                 assert max(pages) <= row * table + at // page
                 assert first * 64 // page in [page - row * table for page in pages] or window
+        sharers: dict[tuple[int, int], list[int]] = {}
+        for worker, (begin, tiles) in enumerate(zip(starts, work[:, 0], strict=True)):
+            for row, head, _ in want[begin : begin + tiles]:
+                sharers.setdefault((row, head), []).append(worker)
+        for (row, head), workers in sharers.items():
+            start = want.index((row, head, 0))
+            first, last = layout.sharers(start, jnp.int32(len(workers)), per)
+            assert (first, last) == (workers[0], workers[-1])
+            pieces = np.unique(workers, return_counts=True)[1]
+            assert len(pieces) == 1 or pieces.min() >= least
         before, following = np.asarray(plan.rows)
         tiles = np.asarray(span.tiles(positions))
         assert (before == np.cumsum(tiles) - tiles).all()
