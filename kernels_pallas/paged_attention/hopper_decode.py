@@ -30,8 +30,8 @@ from kernels_pallas.paged_attention.hopper_registers import (
 )
 from kernels_pallas.paged_attention.hopper_ring import BarrierRing, OwnRing, Tile
 
-PIECES = 4
-"""Pieces of a split row that are read at once."""
+READ = 48
+"""Registers of a thread for pieces of a split row that are read at once."""
 
 WGMMA = plgpu.Layout.WGMMA
 
@@ -53,6 +53,7 @@ class Refs:
     tickets: Any
     out: Any
     pieces: Any
+    sizes: Any
     qs: Any
     ks: Any
     vs: Any
@@ -95,14 +96,13 @@ class Decode:
     def call(self, *args: jax.Array) -> jax.Array:
         """Launch; args: q [T·N, H], keys, values, tables, positions, and the plan's arrays."""
         out = jax.ShapeDtypeStruct((self.rows, self.heads, self.width), self.dtype)
-        pieces = jax.ShapeDtypeStruct(
-            (self.layout.workers, 2, 2, self.width, self.top), jnp.float32
-        )
+        pieces = jax.ShapeDtypeStruct((self.layout.workers, 2, self.width, self.top), jnp.float32)
+        sizes = jax.ShapeDtypeStruct((self.layout.workers, 2, self.top), jnp.float32)
         if not self.interpret:
-            return self._launch("all", (out, pieces), args)[0]
+            return self._launch("all", (out, pieces, sizes), args)[0]
         # The interpreter has no atomics: split rows are summed by a launch of their own.
-        whole, parts = self._launch("tiles", (out, pieces), args)
-        (summed,) = self._launch("sum", (out,), (*args, parts))
+        whole, *parts = self._launch("tiles", (out, pieces, sizes), args)
+        (summed,) = self._launch("sum", (out,), (*args, *parts))
         return jnp.where(self._is_split(*args[4:7])[:, :, None], summed, whole)
 
     def _launch(self, phase: str, out_type: tuple[Any, ...], args: tuple[Any, ...]) -> Any:
@@ -139,9 +139,9 @@ class Decode:
     def body(self, phase: str, *refs: Any) -> None:
         """What every worker runs. `phase`: "all", or one of two launches."""
         first, outs, scratch = refs[:8], refs[8:-7], refs[-7:]
-        out, pieces = (outs[1], outs[0]) if phase == "sum" else outs
+        outs = (outs[2], *outs[:2]) if phase == "sum" else outs
         names = [field.name for field in dataclasses.fields(Refs)]
-        r = Refs(**dict(zip(names, (*first, out, pieces, *scratch), strict=True)))
+        r = Refs(**dict(zip(names, (*first, *outs, *scratch), strict=True)))
         worker = lax.axis_index("worker")
         if phase != "sum":
             self.walk(r, worker)
@@ -270,10 +270,9 @@ class Decode:
 
         @pl.when(~whole)
         def _() -> None:
-            size = lax.broadcast_in_dim(peak + jnp.log(sums) * LOG2E, acc.shape, [1])
-            mine = r.pieces.at[worker, begun.astype(jnp.int32)]
-            mine.at[0][...] = o
-            mine.at[1][...] = size
+            mine = (worker, begun.astype(jnp.int32))
+            r.pieces.at[mine][...] = o
+            r.sizes.at[mine][...] = peak + jnp.log(sums) * LOG2E
             if not self.interpret:
                 first, last = self.sharers(r, row, head)
                 ticket = take_ticket(r.tickets.at[row, pl.ds(head, 1)], r.flag, last - first)
@@ -317,32 +316,35 @@ class Decode:
     def sum_pieces(self, r: Refs, row: jax.Array, head: jax.Array) -> None:
         """The sum of a split row's pieces, into out."""
         first, last = self.sharers(r, row, head)
+        shape, columns = (self.width, self.top), WGMMA.reduce(0)
+        at_once = max(1, READ * 128 // (self.width * self.top))
 
         def piece(worker: jax.Array) -> tuple[jax.Array, jax.Array]:
             at = jnp.minimum(worker, last)
-            begun = (at == first).astype(jnp.int32)  # its last row, else its first
-            o, size = (load(r.pieces, (at, begun, i), WGMMA) for i in range(2))
-            return o, size + jnp.where(worker <= last, 0.0, -jnp.inf)
+            mine = (at, (at == first).astype(jnp.int32))  # its last row, else its first
+            size = load(r.sizes, mine, columns) + jnp.where(worker <= last, 0.0, -jnp.inf)
+            return load(r.pieces, mine, WGMMA), size
 
         def some(i: jax.Array, carry: Any) -> Any:
-            peak, total, acc = carry
-            pieces = [piece(first + i * PIECES + j) for j in range(PIECES)]
-            new = peak
+            before, total, acc = carry
+            pieces = [piece(first + i * at_once + j) for j in range(at_once)]
+            peak = before
             for _, size in pieces:
-                new = jnp.maximum(new, size)
-            fade = jnp.exp2(peak - new)
-            total, acc = total * fade, acc * fade
+                peak = jnp.maximum(peak, size)
+            fade = jnp.exp2(before - peak)
+            total, acc = total * fade, acc * lax.broadcast_in_dim(fade, shape, [1])
             for o, size in pieces:
-                weight = jnp.exp2(size - new)
-                total, acc = total + weight, acc + o * weight
-            return new, total, acc
+                weight = jnp.exp2(size - peak)
+                total, acc = total + weight, acc + o * lax.broadcast_in_dim(weight, shape, [1])
+            return peak, total, acc
 
-        shape = (self.width, self.top)
         zeros = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), WGMMA)
-        lowest = plgpu.layout_cast(jnp.full(shape, -1e30, jnp.float32), WGMMA)
-        rounds = (last - first) // PIECES + 1
-        _, total, acc = lax.fori_loop(0, rounds, some, (lowest, zeros, zeros))
-        self.store(r, row, head, acc / total)
+        lowest, none = (
+            plgpu.layout_cast(jnp.full(self.top, x, jnp.float32), columns) for x in (-1e30, 0.0)
+        )
+        rounds = (last - first) // at_once + 1
+        _, total, acc = lax.fori_loop(0, rounds, some, (lowest, none, zeros))
+        self.store(r, row, head, acc / lax.broadcast_in_dim(total, shape, [1]))
 
 
 def top_rows(group: int) -> int:

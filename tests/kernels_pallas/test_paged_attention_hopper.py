@@ -42,9 +42,10 @@ def error(out: jax.Array, step: cases.Step, **options) -> float:
 def test_decode_rows_of_any_length_equal_float64_while_unseen_pages_hold_nan(
     heads, page, window, softcap
 ):
-    step = cases.step([100, 0, 5, 300, 64], shape=heads, page=page, poison=True)
+    step = cases.step([100, 0, 5, 900, 64], shape=heads, page=page, poison=True)
     options = {"scale": 0.125, "window": window, "softcap": softcap}
-    out = hopper.decode_rows(*step.arrays, **options, workers=3, blocks=4, interpret=True)
+    # The long row comes in two or three pieces, unless its window is short.
+    out = hopper.decode_rows(*step.arrays, **options, workers=5, blocks=4, interpret=True)
     assert error(out, step, **options) < testing.tolerance(jnp.dtype(jnp.bfloat16))
     assert not np.asarray(out[1].astype(jnp.float32)).any()  # padding
 
