@@ -23,6 +23,7 @@ from kernels_pallas.paged_attention.hopper_math import LOG2E, capped, multiply, 
 from kernels_pallas.paged_attention.hopper_plan import TILE, Layout
 from kernels_pallas.paged_attention.hopper_registers import (
     SWIZZLED,
+    keep,
     meet,
     store_columns,
     store_weights,
@@ -76,6 +77,8 @@ class Decode:
     dtype: Any
     own: bool = True
     """Barriers of our own: one thread arrives once for a tile's K, not all of them once a page."""
+    keep: bool = True
+    """Ask L2 to keep the plan for the next layer: weights of a whole layer come in between."""
     interpret: bool = False
 
     @property
@@ -201,10 +204,12 @@ class Decode:
             ids = tuple(entries[i][4 : layout.entry])
             pl.when(i < count)(partial(ring.start, self.tile(queue[i], ids), i))
         self.clear_padding(r, worker)
+        if self.keep and not self.interpret:
+            keep(r.work.at[worker])
 
         def step(i: jax.Array, carry: Any) -> Any:
             queue, slot, turn, peak, total, acc = carry
-            (row, head, tile, at), following = queue[0], queue[-1]
+            (_, _, tile, at), following = queue[0], queue[-1]
             ids = self.page_ids(r, following)  # asked for early, used at the end
             ring.wait_k(slot, turn)
             s = multiply((TILE, self.top), r.ks.at[slot], r.qs.at[slot].transpose((1, 0)))
@@ -260,7 +265,7 @@ class Decode:
     ) -> None:
         """A row's result, or a piece of it: unless `whole`, others have tiles of this row and kv
         head. `begun`: the row's line begins with this worker."""
-        row, head, _, _ = c
+        row, head = c[:2]
         sums = total.sum(axis=0)
         o = acc / lax.broadcast_in_dim(sums, acc.shape, [1])
 

@@ -148,7 +148,8 @@ def barrier(ref: Any, slot: Any) -> Any:
     from jax._src.lib.mlir.dialects import arith
 
     offset = mgpu.c(slot, i32()) if isinstance(slot, int) else arith.index_cast(i32(), slot)
-    return mgpu.BarrierRef(mgpu.memref_ptr(ref), offset, None, 1)
+    unused: Any = None  # whoever waits keeps count of the turns
+    return mgpu.BarrierRef(mgpu.memref_ptr(ref), offset, phases=unused, num_barriers=1)
 
 
 def copy(ctx: Any, there: Any, part: tuple[Any, ...], here: Any, full: Any) -> None:

@@ -3,6 +3,7 @@
 The interpreter has no atomics: it sums split rows in a second launch. tests/gpu runs the one launch.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -48,6 +49,16 @@ def test_decode_rows_of_any_length_equal_float64_while_unseen_pages_hold_nan(
     out = hopper.decode_rows(*step.arrays, **options, workers=5, blocks=4, interpret=True)
     assert error(out, step, **options) < testing.tolerance(jnp.dtype(jnp.bfloat16))
     assert not np.asarray(out[1].astype(jnp.float32)).any()  # padding
+
+
+@interpreted
+def test_pieces_of_very_low_scores_are_no_less_than_none():
+    step = cases.step([900, 3], shape=Heads(heads=4, kv_heads=2))
+    step = dataclasses.replace(step, q=jnp.full_like(step.q, 8), keys=step.keys - 6)
+    out = hopper.decode_rows(
+        *step.arrays, scale=0.125, window=None, softcap=None, workers=5, blocks=4, interpret=True
+    )
+    assert error(out, step, scale=0.125) < testing.tolerance(jnp.dtype(jnp.bfloat16))
 
 
 @interpreted
