@@ -89,9 +89,11 @@ class Layout:
         return 4 + self.span.loads(self.page)
 
     def per(self, n: jax.Array) -> jax.Array:
-        """Tiles of an even stretch, when rows have n tiles of a kv head."""
-        even = -(-self.kv_heads * n.sum() // self.workers)
-        return jnp.maximum(even, jnp.where(n.max() > LEAST, LEAST, 1))
+        """Tiles of an even stretch, when rows have n tiles of a kv head: no fewer than a piece, nor
+        than the longest row has if that is too short for two pieces and so one worker's."""
+        longest = n.max()
+        least = jnp.where(longest < 2 * LEAST, longest, LEAST)
+        return jnp.maximum(-(-self.kv_heads * n.sum() // self.workers), jnp.maximum(least, 1))
 
     def begin(self, offset: jax.Array, n: jax.Array) -> jax.Array:
         """Where the stretch begins that evenly would begin with tile `offset` of a kv head's n:

@@ -123,7 +123,7 @@ def test_every_tile_is_dealt_to_one_worker_in_even_shares_and_no_tiny_pieces(win
             for row, head, _ in want[begin : begin + tiles]:
                 sharers.setdefault((row, head), []).append(worker)
         for (row, head), workers in sharers.items():
-            start = want.index((row, head, 0))
+            start = jnp.int32(want.index((row, head, 0)))
             first, last = layout.sharers(start, jnp.int32(len(workers)), per)
             assert (first, last) == (workers[0], workers[-1])
             pieces = np.unique(workers, return_counts=True)[1]
@@ -134,6 +134,18 @@ def test_every_tile_is_dealt_to_one_worker_in_even_shares_and_no_tiny_pieces(win
         for row in range(rows):
             later = [r for r in range(row + 1, rows) if tiles[r]]
             assert following[row] == (later[0] if later else rows - 1)
+
+
+@pytest.mark.parametrize(("rows", "length"), [(8, 160), (16, 160), (32, 160), (8, 300), (4, 1)])
+def test_short_rows_have_a_worker_each_for_a_kv_head_and_the_first_workers_take_them(rows, length):
+    layout = hopper_plan.Layout(
+        span=hopper_plan.Span(None), kv_heads=8, page=16, workers=264, stages=3
+    )
+    positions = jnp.full(rows, length - 1, jnp.int32)
+    plan = hopper_plan.plan(positions, jnp.zeros((rows, 20), jnp.int32), layout)
+    counts = np.asarray(plan.work)[:, 0]
+    assert (counts[: 8 * rows] == -(-length // 64)).all()
+    assert not counts[8 * rows :].any()
 
 
 @interpreted
