@@ -11,8 +11,8 @@ from kernels_pallas.paged_attention import hopper_plan, xla
 from kernels_pallas.paged_attention.hopper_decode import Decode, top_rows
 from kernels_pallas.paged_attention.hopper_prefill import ROWS, Prefill
 
-SHARED_BYTES = 227 * 1024
-"""Shared memory of one SM that blocks can have, less 1 KiB each."""
+SHARED_BYTES = 228 * 1024
+"""Shared memory of one SM; each block takes 1 KiB beside what it asks for."""
 
 
 def paged_attention(
@@ -78,25 +78,28 @@ def decode_rows(
     rows: int | None = None,
     blocks: int | None = None,
     workers: int | None = None,
+    own: bool = True,
+    keep: bool = True,
     interpret: bool = False,
 ) -> Float[Array, "B N H"]:
     """Attention of the first `rows` tokens (all, unless given), one of a row each. Arrays come
     whole: XLA would wrap a slice and the launch into something that CUDA graphs don't like.
-    `blocks`: warpgroups of an SM, each a block."""
+    `blocks`: warpgroups of an SM, each a block. `own`, `keep`: see `Decode`."""
     tokens, heads, width = q.shape
     rows = tokens if rows is None else rows
     kv_heads, page = keys.shape[1], keys.shape[2]
     blocks = blocks or (2 if width <= 128 else 1)
     workers = workers or blocks * device_sms()
     top = top_rows(heads // kv_heads)
-    stages = (SHARED_BYTES // blocks - 4096 - 2 * top * width) // (2 * width * (top + 128))
+    room = SHARED_BYTES // blocks - 1024 - 5 * 1024 - 2 * top * hopper_plan.TILE
+    stages = room // (2 * width * (top + 2 * hopper_plan.TILE))
     layout = hopper_plan.Layout(
         span=hopper_plan.Span(window), kv_heads=kv_heads, page=page, workers=workers,
         stages=min(stages, 8),
     )  # fmt: skip
     kernel = Decode(
         rows=rows, heads=heads, width=width, layout=layout, scale=scale, softcap=softcap,
-        dtype=jnp.dtype(q.dtype), interpret=interpret,
+        dtype=jnp.dtype(q.dtype), own=own and not interpret, keep=keep, interpret=interpret,
     )  # fmt: skip
     plan = hopper_plan.plan(positions[:rows], tables[:rows], layout)
     flat = q.reshape(tokens * heads, width)

@@ -2,7 +2,8 @@
 
 All tiles of all rows and kv heads lie in one line, rows one after another, within a row the kv
 heads, within a kv head its tiles of 64 positions. Each worker takes an equally long stretch of the
-line, so work is balanced by true lengths and at most two of a worker's rows are shared with others.
+line, give or take the few tiles that would make a piece too small of a row's kv head, so work is
+balanced by true lengths and at most two of a worker's rows are shared with others.
 The plan depends on positions only: layers share it, XLA computes it once a step.
 """
 
@@ -17,7 +18,7 @@ TILE = 64
 """K/V positions of a tile."""
 
 LEAST = 3
-"""Tiles that a worker takes at least: summing pieces of a row costs about as much."""
+"""Tiles of a piece of a row's kv head at least: summing pieces costs about as much."""
 
 
 def quotient(x: jax.Array, by: int) -> jax.Array:
@@ -87,6 +88,27 @@ class Layout:
         """Numbers that say where a tile is: row, kv head, tile, the query's position, page ids."""
         return 4 + self.span.loads(self.page)
 
+    def per(self, n: jax.Array) -> jax.Array:
+        """Tiles of an even stretch, when rows have n tiles of a kv head: no fewer than a piece, nor
+        than the longest row has if that is too short for two pieces and so one worker's."""
+        longest = n.max()
+        least = jnp.where(longest < 2 * LEAST, longest, LEAST)
+        return jnp.maximum(-(-self.kv_heads * n.sum() // self.workers), jnp.maximum(least, 1))
+
+    def begin(self, offset: jax.Array, n: jax.Array) -> jax.Array:
+        """Where the stretch begins that evenly would begin with tile `offset` of a kv head's n:
+        there, or, if that left less than a piece on a side, with its first tile or the next one's."""
+        late = jnp.where(n - offset < LEAST, n, offset)
+        return jnp.where(offset < LEAST, 0, late)
+
+    def sharers(
+        self, start: jax.Array, n: jax.Array, per: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """The first and the last worker that has some of the n tiles from tile `start` of the line
+        on, a row's of one kv head: see `begin`."""
+        first = (start + jnp.minimum(n, LEAST) - 1) // per
+        return first, jnp.maximum(first, (start + n - LEAST) // per)
+
     def pages(self, tile: jax.Array, at: jax.Array) -> list[jax.Array]:
         """Entries of a row's page table that hold tile number `tile` of those that `at` sees."""
         number = self.span.first(at) + tile
@@ -99,7 +121,7 @@ class Plan:
     """What the kernel reads of it."""
 
     work: Int[Array, "workers entries"]
-    """How many tiles each worker takes, how many the longest stretch has, and an entry (see
+    """How many tiles each worker takes, how many an even stretch has, and an entry (see
     `Layout.entry`) for each of its first tiles, so that loads can start without looking further."""
     rows: Int[Array, "2 B"]
     """Tiles (of one kv head) of all rows before, and the next row that is no padding."""
@@ -115,15 +137,24 @@ def plan(positions: Int[Array, "B"], tables: Int[Array, "B W"], layout: Layout) 
     before = jnp.where(index[:, None] > index, n, 0).sum(1)
     follows = (index[:, None] < index) & (n > 0)
     following = jnp.where(follows, index, positions.shape[0] - 1).min(1)
-    per = jnp.maximum(-(-kv_heads * n.sum() // workers), LEAST)
-    start = jnp.arange(workers) * per
-    count = jnp.clip(kv_heads * n.sum() - start, 0, per)
-    line = start[:, None] + jnp.arange(layout.stages + 1)
-    # Rows that end before a tile come before the tile's row.
-    row = (kv_heads * (before + n) <= line[:, :, None]).sum(2)
-    row = jnp.minimum(row, positions.shape[0] - 1)
-    offset, length, at = line - kv_heads * before[row], jnp.maximum(n, 1)[row], positions[row]
-    head, tile = jnp.minimum(offset // length, kv_heads - 1), offset % length
+    per = layout.per(n)
+    last, total = positions.shape[0] - 1, kv_heads * n.sum()
+
+    def place(tile: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Row, kv head and tile of a tile of the line."""
+        # Rows that end before a tile come before the tile's row.
+        row = (kv_heads * (before + n) <= tile[..., None]).sum(-1)
+        row = jnp.minimum(row, last)
+        offset, length = tile - kv_heads * before[row], jnp.maximum(n, 1)[row]
+        return row, jnp.minimum(offset // length, kv_heads - 1), offset % length
+
+    even = jnp.arange(workers + 1) * per
+    row, _, offset = place(even)
+    start = jnp.minimum(even - offset + layout.begin(offset, jnp.maximum(n, 1)[row]), total)
+    count = start[1:] - start[:-1]
+    line = start[:-1, None] + jnp.arange(layout.stages + 1)
+    row, head, tile = place(line)
+    at = positions[row]
     pages = [tables[row, jnp.maximum(i, 0)] for i in layout.pages(tile, at)]
     entries = jnp.stack([row, head, tile, at, *pages], 2).reshape(workers, -1)
     work = jnp.concatenate([count[:, None], jnp.full((workers, 1), per), entries], 1)

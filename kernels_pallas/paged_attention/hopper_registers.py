@@ -1,53 +1,86 @@
-"""What Pallas has no words for: storing the first rows of a wgmma result, and taking a ticket."""
+"""What Pallas has no words for: weights that go back to the tensor cores, storing the wanted columns
+of a wgmma result, taking a ticket, and what L2 should keep."""
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental.mosaic.gpu import utils as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+SWIZZLED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+"""How wgmma wants its operands in shared memory."""
 
-def store_rows(values: jax.Array, ref: Any, above: jax.Array, *, interpret: bool) -> None:
-    """ref[...] = values[above : above + rows], from wgmma's registers straight to global memory.
-    `above` is less than 8, and 0 if rows is a multiple of 8."""
+
+def meet(*, interpret: bool) -> None:
+    """Every thread of the warpgroup is here."""
+    if interpret:
+        return
+    plgpu.inline_mgpu()(lambda _: mgpu.warpgroup_barrier())()
+
+
+def keep(ref: Any) -> None:
+    """Ask L2 to evict a row of 32-bit numbers in global memory last."""
+    size = 4 * ref.shape[0]
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
+    def ask(_: Any, ref: Any) -> None:
+        chosen = mgpu.single_thread_predicate(mgpu.ThreadSubset.WARPGROUP)
+        for offset in (*range(0, size, 128), size - 4):
+            ptx = f"prefetch.global.L2::evict_last [$0+{offset}];"
+            mgpu.inline_ptx(ptx, mgpu.memref_ptr(ref), predicate=chosen, has_side_effects=True)  # pyright: ignore[reportAttributeAccessIssue]
+
+    ask(ref)  # pyright: ignore[reportCallIssue]
+
+
+def store_weights(p: jax.Array, ref: Any, *, interpret: bool) -> None:
+    """ref[...] = p.T, from wgmma's registers to where wgmma reads it. All threads meet in it."""
+    if interpret:
+        ref[...] = p.T
+        return
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, plgpu.RefType(SWIZZLED)))
+    def store(_: Any, p: Any, ref: Any) -> None:
+        turned = p.to_layout(transposed())
+        turned.store_tiled(mgpu.memref_transpose(ref, (1, 0, 3, 2)), swizzle=128)
+        mgpu.inline_ptx("fence.proxy.async.shared::cta;", has_side_effects=True)  # pyright: ignore[reportAttributeAccessIssue]
+        mgpu.warpgroup_barrier()
+
+    store(p, ref)  # pyright: ignore[reportCallIssue]
+
+
+def store_columns(values: jax.Array, ref: Any, above: jax.Array, *, interpret: bool) -> None:
+    """ref[...] = values[:, above : above + rows].T, from wgmma's registers straight to global
+    memory, 16 bits a number."""
     rows = ref.shape[0]
     if interpret:
-        ref[...] = lax.dynamic_slice_in_dim(values, above, rows)
+        ref[...] = lax.dynamic_slice_in_dim(values, above, rows, axis=1).T
         return
     # The compiler's own types: only where a GPU is.
     from jax._src.lib.mlir import ir  # pyright: ignore[reportPrivateImportUsage]
-    from jax._src.lib.mlir.dialects import arith, vector
+    from jax._src.lib.mlir.dialects import arith
 
     @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, plgpu.RefType(), plgpu.Layout.WG_SPLAT(())))
     def store(_: Any, values: Any, ref: Any, above: Any) -> None:
-        shape = tuple(values.shape)
-        registers = values.layout.registers_shape(shape)
-        last = -(-rows // 8) * 8 + (8 if rows % 8 and 8 % rows else 0)  # above is less than 8
-        strides = values.layout.tiling.tile_strides((shape[1], 1))
+        turned = values.to_layout(transposed())
         first = arith.index_cast(ir.IndexType.get(), above.registers.item())
         limit = mgpu.c(rows, ir.IndexType.get())
-        for index, (row, column) in zip(
-            np.ndindex(registers), values.layout.thread_idxs(shape), strict=True
-        ):
-            if sum(i * s for i, s in zip(index, strides, strict=True)) // shape[1] >= last:
-                continue  # no thread has a wanted row in this register
-            pair = values.registers[index]
-            row = arith.subi(row, first)
-            mine = arith.cmpi(arith.CmpIPredicate.ult, row, limit)
-            pointer = mgpu.memref_ptr(mgpu.memref_slice(ref, (row, column)))
-            kind = ir.VectorType(pair.type).element_type
-            if mgpu.bitwidth(kind) == 16:
-                word = mgpu.bitcast(pair, ir.IntegerType.get_signless(32))
-                args, ptx = (pointer, word), "st.global.b32 [$0], $1;"
-            else:
-                both = [vector.extract(pair, [], [i]) for i in range(2)]
-                args, ptx = (pointer, *both), "st.global.v2.f32 [$0], {$1, $2};"
-            mgpu.inline_ptx(ptx, *args, predicate=mine, has_side_effects=True)  # pyright: ignore[reportAttributeAccessIssue]
+        places = turned.layout.thread_idxs(tuple(turned.shape))
+        for pair, (row, column) in zip(turned.registers.flat, places, strict=True):
+            column = arith.subi(column, first)
+            mine = arith.cmpi(arith.CmpIPredicate.ult, column, limit)
+            pointer = mgpu.memref_ptr(mgpu.memref_slice(ref, (column, row)))
+            word = mgpu.bitcast(pair, ir.IntegerType.get_signless(32))
+            ptx = "st.global.b32 [$0], $1;"
+            mgpu.inline_ptx(ptx, pointer, word, predicate=mine, has_side_effects=True)  # pyright: ignore[reportAttributeAccessIssue]
 
     store(values, ref, above)  # pyright: ignore[reportCallIssue]
+
+
+def transposed() -> Any:
+    """wgmma's registers when threads hold pairs of rows, not of columns."""
+    return plgpu.Layout.WGMMA_TRANSPOSED.to_mgpu()
 
 
 def take_ticket(counter: Any, flag: Any, last: jax.Array) -> jax.Array:

@@ -65,7 +65,7 @@ def test_blocks_that_are_no_multiple_of_64_are_still_right():
     check(step, scale=128**-0.5)
 
 
-@pytest.mark.parametrize("lengths", [[30000], [192] * 32, [5] * 300, [1] * 3 + [9000]])
+@pytest.mark.parametrize("lengths", [[30000], [192] * 32, [300] * 8, [5] * 300, [1] * 3 + [9000]])
 def test_one_long_row_many_short_ones_and_very_unequal_ones(lengths):
     check(cases.step(lengths, shape=LLAMA, poison=True), scale=128**-0.5)
 

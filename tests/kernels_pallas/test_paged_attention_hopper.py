@@ -3,6 +3,7 @@
 The interpreter has no atomics: it sums split rows in a second launch. tests/gpu runs the one launch.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -42,11 +43,22 @@ def error(out: jax.Array, step: cases.Step, **options) -> float:
 def test_decode_rows_of_any_length_equal_float64_while_unseen_pages_hold_nan(
     heads, page, window, softcap
 ):
-    step = cases.step([100, 0, 5, 300, 64], shape=heads, page=page, poison=True)
+    step = cases.step([100, 0, 5, 900, 64], shape=heads, page=page, poison=True)
     options = {"scale": 0.125, "window": window, "softcap": softcap}
-    out = hopper.decode_rows(*step.arrays, **options, workers=3, blocks=4, interpret=True)
+    # The long row comes in two or three pieces, unless its window is short.
+    out = hopper.decode_rows(*step.arrays, **options, workers=5, blocks=4, interpret=True)
     assert error(out, step, **options) < testing.tolerance(jnp.dtype(jnp.bfloat16))
     assert not np.asarray(out[1].astype(jnp.float32)).any()  # padding
+
+
+@interpreted
+def test_pieces_of_very_low_scores_are_no_less_than_none():
+    step = cases.step([900, 3], shape=Heads(heads=4, kv_heads=2))
+    step = dataclasses.replace(step, q=jnp.full_like(step.q, 8), keys=step.keys - 6)
+    out = hopper.decode_rows(
+        *step.arrays, scale=0.125, window=None, softcap=None, workers=5, blocks=4, interpret=True
+    )
+    assert error(out, step, scale=0.125) < testing.tolerance(jnp.dtype(jnp.bfloat16))
 
 
 @interpreted
@@ -76,7 +88,7 @@ def test_prefill_blocks_after_any_context_equal_float64_while_unseen_pages_hold_
 
 @pytest.mark.parametrize("window", [None, 90])
 @pytest.mark.parametrize("page", [16, 128])
-def test_every_tile_is_dealt_to_one_worker_and_none_gets_more_than_its_share(window, page):
+def test_every_tile_is_dealt_to_one_worker_in_even_shares_and_no_tiny_pieces(window, page):
     rng = np.random.default_rng(7)
     for _ in range(5):
         rows = int(rng.integers(1, 12))
@@ -96,7 +108,8 @@ def test_every_tile_is_dealt_to_one_worker_and_none_gets_more_than_its_share(win
         ]
         starts = np.cumsum(work[:, 0]) - work[:, 0]
         assert work[:, 0].sum() == len(want)
-        assert work[:, 0].max() <= work[0, 1]
+        least, per = hopper_plan.LEAST, work[0, 1]
+        assert work[:, 0].max() <= per + 2 * (least - 1)
         for start, (count, _, *entries) in zip(starts, work, strict=True):
             for i in range(min(count, 2)):
                 row, head, tile, at, *pages = entries[i * layout.entry : (i + 1) * layout.entry]
@@ -105,12 +118,34 @@ def test_every_tile_is_dealt_to_one_worker_and_none_gets_more_than_its_share(win
                 assert row * table <= min(pages)
                 assert max(pages) <= row * table + at // page
                 assert first * 64 // page in [page - row * table for page in pages] or window
+        sharers: dict[tuple[int, int], list[int]] = {}
+        for worker, (begin, tiles) in enumerate(zip(starts, work[:, 0], strict=True)):
+            for row, head, _ in want[begin : begin + tiles]:
+                sharers.setdefault((row, head), []).append(worker)
+        for (row, head), workers in sharers.items():
+            start = jnp.int32(want.index((row, head, 0)))
+            first, last = layout.sharers(start, jnp.int32(len(workers)), per)
+            assert (first, last) == (workers[0], workers[-1])
+            pieces = np.unique(workers, return_counts=True)[1]
+            assert len(pieces) == 1 or pieces.min() >= least
         before, following = np.asarray(plan.rows)
         tiles = np.asarray(span.tiles(positions))
         assert (before == np.cumsum(tiles) - tiles).all()
         for row in range(rows):
             later = [r for r in range(row + 1, rows) if tiles[r]]
             assert following[row] == (later[0] if later else rows - 1)
+
+
+@pytest.mark.parametrize(("rows", "length"), [(8, 160), (16, 160), (32, 160), (8, 300), (4, 1)])
+def test_short_rows_have_a_worker_each_for_a_kv_head_and_the_first_workers_take_them(rows, length):
+    layout = hopper_plan.Layout(
+        span=hopper_plan.Span(None), kv_heads=8, page=16, workers=264, stages=3
+    )
+    positions = jnp.full(rows, length - 1, jnp.int32)
+    plan = hopper_plan.plan(positions, jnp.zeros((rows, 20), jnp.int32), layout)
+    counts = np.asarray(plan.work)[:, 0]
+    assert (counts[: 8 * rows] == -(-length // 64)).all()
+    assert not counts[8 * rows :].any()
 
 
 @interpreted
