@@ -8,10 +8,12 @@ import argparse
 import dataclasses
 import json
 import platform
+import random
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,21 +33,33 @@ from jlora.models.weights import abstract_decoder, dummy_weights
 from jlora.planning import DEVICES, floor
 from jlora.shape import Shape
 from jlora.sharding import Layout, make_mesh, sharding
+from kernels_pallas.gated_mlp import hopper as gated_mlp
 from kernels_pallas.lora_matmul import hopper
 
 PAGE, RANK_PAGE = 16, 16
 
 
+VARIANTS = {
+    "": "what serves",
+    "three": "the MLP as three launches",
+    "xla": "likewise, and base products by XLA",
+}
+"""Ways to compile a step."""
+
+
 @contextmanager
-def base_products(ours: bool) -> Iterator[None]:
-    """Traces in the body take base products of few rows from our kernel, or from XLA."""
-    before = hopper.BASE_ROWS
-    hopper.BASE_ROWS = before if ours else (1, 0)
+def variant(name: str) -> Iterator[None]:
+    """Traces in the body compile steps in this way."""
+    before = hopper.BASE_ROWS, gated_mlp.worth_it
+    if name == "xla":
+        hopper.BASE_ROWS = (1, 0)
+    if name:
+        gated_mlp.worth_it = lambda x, hidden, *, lora: False
     jax.clear_caches()
     try:
         yield
     finally:
-        hopper.BASE_ROWS = before
+        hopper.BASE_ROWS, gated_mlp.worth_it = before
         jax.clear_caches()
 
 
@@ -88,13 +102,13 @@ class Machine:
         state = sampler.empty_slots(most_rows, cfg.vocab_rows)
         self.last = jax.device_put(state.last, sharding(self.mesh))
 
-    def compile(self, shape: Shape) -> Callable[..., Any]:
-        """The step's program."""
+    def lower(self, shape: Shape) -> jax.stages.Lowered:
+        """The step's program, for compiling."""
         specs = jax.tree.map(lambda array: array.sharding.spec, self.pools)
         adapters = Adapters(abstract=self.pools, specs=specs)
         if not shape.rank_pages:
             adapters = Adapters(abstract=None, specs=jax.sharding.PartitionSpec())
-        return self.steps.lower(("whole", shape), adapters, self.kv, self.last).compile()
+        return self.steps.lower(("whole", shape), adapters, self.kv, self.last)
 
     def batch(self, shape: Shape, context: int, adapters: int) -> np.ndarray:
         """All rows at position `context`, adapters one after another."""
@@ -165,7 +179,9 @@ def measure(
     batches = [machine.batch(case.shape, context, case.adapters) for case in cases]
     times: list[list[tuple[float, float]]] = [[] for _ in cases]
     for turn in range(args.repeats + 1):
-        for case, batch, own in zip(cases, batches, times, strict=True):
+        order = list(zip(cases, batches, times, strict=True))
+        random.Random(turn).shuffle(order)
+        for case, batch, own in order:
             took = machine.run(case.program, case.shape.rank_pages > 0, batch, args.steps)
             if turn:  # the first warms up
                 own.append(took)
@@ -177,11 +193,11 @@ def measure(
         steps = [took for took, _ in own]
         rows = case.shape.decode
         row = {
-            "rows": rows, "context": context, "adapters": case.adapters, "note": case.note.strip(),
+            "rows": rows, "context": context, "adapters": case.adapters, "note": case.note,
             "ms": round(ms, 4), "spread": round((max(steps) - min(steps)) / 2 / ms, 4),
             "of_base": round(ratio, 4), "host_ms": round(host, 3),
         }  # fmt: skip
-        line = f"{rows:4d} rows at {context:5d}, {case.adapters:3d} adapters{case.note:6s}: "
+        line = f"{rows:4d} rows at {context:5d}, {case.adapters:3d} adapters {case.note:6s}: "
         line += f"{ms:.3f} ms (±{row['spread']:.1%}), {ratio:.3f} of base, host {host:.2f} ms"
         if (least := machine.floor_ms(rows, context, case.adapters)) is not None:
             row["floor_ms"] = round(least, 3)
@@ -214,10 +230,11 @@ def main() -> None:
     parser.add_argument("--contexts", type=int, nargs="+", default=[160])
     parser.add_argument("--adapters", type=int, nargs="+", default=[0, 1, 8, 32])
     parser.add_argument(
-        "--xla-base", action="store_true", help="steps with XLA's base products, too"
-    )
+        "--also", nargs="+", default=[], choices=[name for name in VARIANTS if name],
+        help="; ".join(f"{name}: {what}" for name, what in VARIANTS.items() if name),
+    )  # fmt: skip
     parser.add_argument("--profile", action="store_true", help="device time of launches by name")
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
     machine = Machine(args.shape, max(args.rows), args.contexts, max(*args.adapters, 1))
@@ -230,17 +247,26 @@ def main() -> None:
         }
         counts = [n for n in args.adapters if n <= rows]
         begin = time.perf_counter()
-        programs = {lora: machine.compile(shapes[lora]) for lora in {n > 0 for n in counts}}
-        cases = [Case(n, programs[n > 0], shapes[n > 0]) for n in counts]
-        if args.xla_base:
-            with base_products(ours=False):
-                cases.insert(0, Case(0, machine.compile(shapes[False]), shapes[False], " (XLA)"))
+        kinds = [("", n > 0) for n in counts]
+        kinds += [(name, n > 0) for name in args.also for n in counts if not (n and name == "xla")]
+        programs = {}
+        with ThreadPoolExecutor() as workers:  # lowering is one by one, compiling is not
+            for name, lora in dict.fromkeys(kinds):
+                with variant(name):
+                    lowered = machine.lower(shapes[lora])
+                programs[name, lora] = workers.submit(lowered.compile)
+        cases = [
+            Case(n, programs[name, n > 0].result(), shapes[n > 0], name)
+            for name in ("", *args.also)
+            for n in counts
+            if (name, n > 0) in programs
+        ]
         print(f"{rows} rows compiled in {time.perf_counter() - begin:.0f} s", flush=True)
         for context in args.contexts:
             results += measure(machine, cases, context, args)
         if args.profile:
-            for case in cases:
-                print(f"\n{case.adapters} adapters{case.note}, launches of a step:")
+            for case in cases[: len(counts)]:
+                print(f"\n{case.adapters} adapters {case.note}, launches of a step:")
                 profile(machine, case, args.contexts[0])
     about = {"device": kind, "jax": jax.__version__, "python": platform.python_version()}
     about |= {"commit": commit(), "command": " ".join(sys.argv)}

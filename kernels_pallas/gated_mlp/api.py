@@ -51,7 +51,7 @@ def gated_mlp(
     from kernels_pallas.gated_mlp import hopper  # imports Mosaic GPU: only where it is used
 
     try:
-        if implementation is None and not hopper.worth_it(x, hidden):
+        if implementation is None and not hopper.worth_it(x, hidden, lora=pools is not None):
             return None
         return hopper.gated_mlp(x, gate_up, down, pools, segments, rows, activation=activation)
     except NotImplementedError:

@@ -18,7 +18,7 @@ from kernels_pallas.act_mul.xla import act_mul
 from kernels_pallas.gated_mlp.hopper_kernel import STAGES, GatedMLP
 from kernels_pallas.gated_mlp.hopper_tuning import HALF, WIDE, Tuning, tuning
 from kernels_pallas.lora_matmul import xla
-from kernels_pallas.lora_matmul.hopper import device_sms, meta, padded_rows
+from kernels_pallas.lora_matmul.hopper import BASE_ROWS, device_sms, meta, padded_rows
 from kernels_pallas.lora_matmul.hopper_sync import counters
 from kernels_pallas.lora_matmul.types import PAGE, ActivePages, RankPool, Segments
 
@@ -58,12 +58,13 @@ def gated_mlp(
     return _gated_mlp(static, x, gate_up, down, pools, segments, rows)
 
 
-def worth_it(x: jax.Array, hidden: int) -> bool:
+def worth_it(x: jax.Array, hidden: int, *, lora: bool) -> bool:
     """Whether the launch is expected to be faster than two products and an activation."""
-    sms, rows = device_sms(), padded_rows(x.shape[0])
-    if rows > 64:
+    least, most = BASE_ROWS
+    if not (1 if lora else least) <= x.shape[0] <= most:
         return False
-    t = tuning(rows, x.shape[1], hidden, sms, lora=True)
+    sms = device_sms()
+    t = tuning(padded_rows(x.shape[0]), x.shape[1], hidden, sms, lora=lora)
     tiles, units = hidden // HALF // t.rounds, x.shape[1] // WIDE * t.down.split
     return all(count >= BUSY * sms for count in (tiles, units))
 

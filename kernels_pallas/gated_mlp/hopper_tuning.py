@@ -38,18 +38,15 @@ def tuning(rows: int, width: int, hidden: int, sms: int, *, lora: bool) -> Tunin
         if width // WIDE * s <= sms and hidden % (DEPTH * rounds * s) == 0
     ]  # fmt: skip
     split = max(splits, default=1)
-    late = (
-        hidden // DEPTH // split // rounds
-    )  # steps of the second product that wait for the last round
-    common = {"bn": WIDE, "bk": DEPTH, "stages": 0, "shrink_stages": 4}
+    common = {"bn": WIDE, "bk": DEPTH, "stages": 0, "shrink_stages": 4, "tail": 1}
     made = Tuning(
         slots=5 if lora else 6,
         rounds=rounds,
         gate_up=hopper_tuning.Tuning(
-            **common, split=1, slices=_slices(width), group=2, tail=min(3, width // DEPTH),
+            **common, split=1, slices=_slices(width), group=2,
         ),
         down=hopper_tuning.Tuning(
-            **common, split=split, slices=_slices(hidden), group=4, tail=min(3, late),
+            **common, split=split, slices=_slices(hidden), group=4,
         ),
     )  # fmt: skip
     while made.slots > 4 and shared_bytes(made, rows, lora) > SHARED_BYTES:
