@@ -79,12 +79,11 @@ def decode_rows(
     blocks: int | None = None,
     workers: int | None = None,
     own: bool = True,
-    keep: bool = True,
     interpret: bool = False,
 ) -> Float[Array, "B N H"]:
     """Attention of the first `rows` tokens (all, unless given), one of a row each. Arrays come
     whole: XLA would wrap a slice and the launch into something that CUDA graphs don't like.
-    `blocks`: warpgroups of an SM, each a block. `own`, `keep`: see `Decode`."""
+    `blocks`: warpgroups of an SM, each a block. `own`: see `Decode`."""
     tokens, heads, width = q.shape
     rows = tokens if rows is None else rows
     kv_heads, page = keys.shape[1], keys.shape[2]
@@ -99,7 +98,7 @@ def decode_rows(
     )  # fmt: skip
     kernel = Decode(
         rows=rows, heads=heads, width=width, layout=layout, scale=scale, softcap=softcap,
-        dtype=jnp.dtype(q.dtype), own=own and not interpret, keep=keep, interpret=interpret,
+        dtype=jnp.dtype(q.dtype), own=own and not interpret, interpret=interpret,
     )  # fmt: skip
     plan = hopper_plan.plan(positions[:rows], tables[:rows], layout)
     flat = q.reshape(tokens * heads, width)

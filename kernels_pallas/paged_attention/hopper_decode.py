@@ -23,7 +23,6 @@ from kernels_pallas.paged_attention.hopper_math import LOG2E, capped, multiply, 
 from kernels_pallas.paged_attention.hopper_plan import TILE, Layout
 from kernels_pallas.paged_attention.hopper_registers import (
     SWIZZLED,
-    keep,
     meet,
     store_columns,
     store_weights,
@@ -77,8 +76,6 @@ class Decode:
     dtype: Any
     own: bool = True
     """Barriers of our own: one thread arrives once for a tile's K, not all of them once a page."""
-    keep: bool = True
-    """Ask L2 to keep the plan for the next layer: weights of a whole layer come in between."""
     interpret: bool = False
 
     @property
@@ -204,8 +201,6 @@ class Decode:
             ids = tuple(entries[i][4 : layout.entry])
             pl.when(i < count)(partial(ring.start, self.tile(queue[i], ids), i))
         self.clear_padding(r, worker)
-        if self.keep and not self.interpret:
-            keep(r.work.at[worker])
 
         def step(i: jax.Array, carry: Any) -> Any:
             queue, slot, turn, peak, total, acc = carry

@@ -1,5 +1,5 @@
 """What Pallas has no words for: weights that go back to the tensor cores, storing the wanted columns
-of a wgmma result, taking a ticket, and what L2 should keep."""
+of a wgmma result, and taking a ticket."""
 
 from typing import Any
 
@@ -18,20 +18,6 @@ def meet(*, interpret: bool) -> None:
     if interpret:
         return
     plgpu.inline_mgpu()(lambda _: mgpu.warpgroup_barrier())()
-
-
-def keep(ref: Any) -> None:
-    """Ask L2 to evict a row of 32-bit numbers in global memory last."""
-    size = 4 * ref.shape[0]
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
-    def ask(_: Any, ref: Any) -> None:
-        chosen = mgpu.single_thread_predicate(mgpu.ThreadSubset.WARPGROUP)
-        for offset in (*range(0, size, 128), size - 4):
-            ptx = f"prefetch.global.L2::evict_last [$0+{offset}];"
-            mgpu.inline_ptx(ptx, mgpu.memref_ptr(ref), predicate=chosen, has_side_effects=True)  # pyright: ignore[reportAttributeAccessIssue]
-
-    ask(ref)  # pyright: ignore[reportCallIssue]
 
 
 def store_weights(p: jax.Array, ref: Any, *, interpret: bool) -> None:
