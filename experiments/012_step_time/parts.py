@@ -19,6 +19,7 @@ from experiments.profiled import launches
 from kernels_pallas import testing
 from kernels_pallas.lora_matmul import RankPool, Segments, hopper
 from kernels_pallas.lora_matmul.hopper_kernel import Kernel
+from kernels_pallas.lora_matmul.hopper_shrink import Shrink
 from kernels_pallas.lora_matmul.hopper_sync import Counters
 from kernels_pallas.lora_matmul.hopper_tuning import Tuning, tuning
 from kernels_pallas.lora_matmul.shapes import LLAMA_8B
@@ -38,18 +39,18 @@ PARTS = {
 @contextmanager
 def left_out(parts: str) -> Iterator[None]:
     """Launches that are traced in the body do without these parts."""
-    before = Kernel._expands, Kernel._units_of_block, Counters.meet
+    before = Kernel._expands, Shrink._units_of_block, Counters.meet
     if "expand" in parts:
         Kernel._expands = lambda self, active, s: jnp.int32(0)
     if "shrink" in parts:
-        Kernel._units_of_block = lambda self, total: jnp.int32(0)
+        Shrink._units_of_block = lambda self, total: jnp.int32(0)
     if "wait" in parts:
         Counters.meet = lambda self, which: None
     jax.clear_caches()
     try:
         yield
     finally:
-        Kernel._expands, Kernel._units_of_block, Counters.meet = before
+        Kernel._expands, Shrink._units_of_block, Counters.meet = before
         jax.clear_caches()
 
 

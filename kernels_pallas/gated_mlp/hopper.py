@@ -65,7 +65,7 @@ def worth_it(x: jax.Array, hidden: int, *, lora: bool) -> bool:
         return False
     sms = device_sms()
     t = tuning(padded_rows(x.shape[0]), x.shape[1], hidden, sms, lora=lora)
-    tiles, units = hidden // HALF // t.rounds, x.shape[1] // WIDE * t.down.split
+    tiles, units = hidden // HALF // t.rounds, x.shape[1] // WIDE * t.split
     return all(count >= BUSY * sms for count in (tiles, units))
 
 

@@ -12,9 +12,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.act_mul.xla import ACTIVATIONS
-from kernels_pallas.gated_mlp.hopper_tuning import DEPTH, HALF, WIDE, Tuning
-from kernels_pallas.lora_matmul import hopper_tuning
-from kernels_pallas.lora_matmul.hopper_kernel import ACC, Kernel
+from kernels_pallas.gated_mlp.hopper_tuning import DEPTH, HALF, WIDE, ShrinkTuning, Tuning
+from kernels_pallas.lora_matmul.hopper_shrink import ACC, Shrink, cdiv
 from kernels_pallas.lora_matmul.hopper_sync import Counters, Ring, interpreter
 from kernels_pallas.lora_matmul.types import PAGE
 
@@ -44,19 +43,19 @@ class GatedMLP:
     dtype: Any
 
     @cached_property
-    def gate_up(self) -> Kernel:
-        """The first product as a launch of its own: of it the shrink is taken."""
-        return self._alone(self.width, (self.hidden, self.hidden), self.t.gate_up)
+    def gate_up(self) -> Shrink:
+        """The shrink of the first product."""
+        return self._shrink_of(self.width, 2, self.t.gate_up)
 
     @cached_property
-    def down(self) -> Kernel:
-        """The same of the second."""
-        return self._alone(self.hidden, (self.width,), self.t.down)
+    def down(self) -> Shrink:
+        """The shrink of the second."""
+        return self._shrink_of(self.hidden, 1, self.t.down)
 
-    def _alone(self, width: int, part_sizes: tuple[int, ...], t: hopper_tuning.Tuning) -> Kernel:
-        return Kernel(
-            rows=self.rows, width=width, part_sizes=part_sizes, pages=self.pages, t=t,
-            sms=self.sms, dtype=self.dtype,
+    def _shrink_of(self, width: int, parts: int, t: ShrinkTuning) -> Shrink:
+        return Shrink(
+            rows=self.rows, width=width, parts=parts, pages=self.pages, slices=t.slices,
+            group=t.group, stages=self.t.shrink_stages, chunk=CHUNK, sms=self.sms, dtype=self.dtype,
         )  # fmt: skip
 
     @property
@@ -77,14 +76,14 @@ class GatedMLP:
 
     def out_types(self) -> dict[str, jax.ShapeDtypeStruct]:
         """All results by name: y in parts; the hidden state; u and its slices of either shrink."""
-        split = self.t.down.split
+        split = self.t.split
         types = {
             "y": jax.ShapeDtypeStruct((split, self.rows, self.width), jnp.float32),
             "h": jax.ShapeDtypeStruct((self.rows, self.hidden), self.dtype),
         }
         if self.pages:
-            _, types["u1"], types["p1"] = self.gate_up.out_types()
-            _, types["u2"], types["p2"] = self.down.out_types()
+            types["u1"], types["p1"] = self.gate_up.out_types()
+            types["u2"], types["p2"] = self.down.out_types()
         return types
 
     def call(
@@ -133,12 +132,12 @@ class GatedMLP:
         }
         if not self.pages:
             return scratch
-        g, d = t.gate_up, t.down
-        shrink = partial(plgpu.Barrier, num_barriers=g.shrink_stages)
+        g, d, stages = t.gate_up, t.down, t.shrink_stages
+        shrink = partial(plgpu.Barrier, num_barriers=stages)
         return scratch | {
             "full_expand": full(num_arrivals=(1 + CHUNK) * 2 // self.expand_slots),
-            "sx": tile((g.shrink_stages * self.rows + self.over, 64)),
-            "sa": tile((g.shrink_stages, 2 * g.group * PAGE, 64)),
+            "sx": tile((stages * self.rows + self.over, 64)),
+            "sa": tile((stages, 2 * g.group * PAGE, 64)),
             "us": plgpu.SMEM((self.rows, PAGE), self.dtype),
             "full_shrink1": shrink(num_arrivals=1 + g.group),
             "full_shrink2": shrink(num_arrivals=1 + d.group),
@@ -183,7 +182,7 @@ class GatedMLP:
         """h = activation(x @ gate) * (x @ up) in HALF columns."""
 
         def tile(i: jax.Array, n: jax.Array) -> jax.Array:
-            expands, tail = _cdiv(active, CHUNK), self.t.gate_up.tail
+            expands, tail = cdiv(active, CHUNK), self.t.tail
             (gate, up), n = self._product(ring, self.width // DEPTH, tail, expands, n)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             r.hs[...] = (ACTIVATIONS[self.activation](gate) * up).astype(self.dtype)
@@ -199,7 +198,7 @@ class GatedMLP:
 
         def unit(i: jax.Array, n: jax.Array) -> jax.Array:
             c, s = self._unit(i)
-            expands, tail = self._down_expands(active, s), self.t.down.tail
+            expands, tail = self._down_expands(active, s), self.t.tail
             halves, n = self._product(ring, self._down_steps, tail, expands, n)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             for j in range(WIDE // 32):
@@ -250,7 +249,7 @@ class GatedMLP:
         return lax.axis_index("sm") + i * self._round
 
     def _units_of_block(self) -> jax.Array:
-        total = self.width // WIDE * self.t.down.split
+        total = self.width // WIDE * self.t.split
         return (total - lax.axis_index("sm") + self.sms - 1) // self.sms
 
     def _unit(self, i: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -260,11 +259,11 @@ class GatedMLP:
 
     @property
     def _down_steps(self) -> int:
-        return self.hidden // DEPTH // self.t.down.split
+        return self.hidden // DEPTH // self.t.split
 
     def _down_expands(self, active: jax.Array, s: jax.Array) -> jax.Array:
         """Expand steps of a unit: K splits take chunks of pages in turn."""
-        return lax.max(_cdiv(_cdiv(active, CHUNK) - s, self.t.down.split), 0)
+        return lax.max(cdiv(cdiv(active, CHUNK) - s, self.t.split), 0)
 
     # The warpgroup that streams. Whatever it waits for, the stream of w waits for too.
 
@@ -279,7 +278,7 @@ class GatedMLP:
         ring.drain(n)
 
     def _produce_gate_up(self, ring: Ring, r: Any, active: jax.Array, counters: Any) -> jax.Array:
-        steps, tail = self.width // DEPTH, self.t.gate_up.tail
+        steps, tail = self.width // DEPTH, self.t.tail
 
         def tile(i: jax.Array, carry: Any) -> Any:
             n, waited = carry
@@ -301,7 +300,7 @@ class GatedMLP:
 
             n = lax.fori_loop(0, steps - tail, load, n)
             if self.pages:
-                expands = _cdiv(active, CHUNK)
+                expands = cdiv(active, CHUNK)
                 n, *_ = lax.fori_loop(0, expands, expand, (n, *ids))
                 waited = waited | (expands > 0).astype(jnp.int32)
             return lax.fori_loop(steps - tail, steps, load, n), waited
@@ -312,9 +311,9 @@ class GatedMLP:
     def _produce_down(
         self, ring: Ring, r: Any, active: jax.Array, counters: Any, n: jax.Array
     ) -> jax.Array:
-        steps, tail = self._down_steps, self.t.down.tail
+        steps, tail = self._down_steps, self.t.tail
         early = steps * self._rounds[0] // self.t.rounds
-        split = self.t.down.split
+        split = self.t.split
 
         def unit(i: jax.Array, carry: Any) -> Any:
             n, waited = carry
@@ -401,27 +400,26 @@ class GatedMLP:
     # The warpgroup that shrinks, and waits for the grid
 
     def _shrink(self, stages: tuple[str, ...], r: Any, active: jax.Array, counters: Any) -> None:
-        def one(name: str, x: Any, own: tuple[Any, ...], full: Any, there: Any, sa: Any) -> None:
-            kernel: Kernel = getattr(self, name)
+        def one(name: str, x: Any, own: tuple[Any, ...], full: Any, there: Any) -> None:
+            shrink, meet = {"gate_up": (self.gate_up, GATE_UP), "down": (self.down, DOWN)}[name]
             a, p, u = own
-            meet = {"gate_up": GATE_UP, "down": DOWN}[name]
             if f"{name} slices" in stages:
-                kernel.shrink_slices(x, a, p, r.pages, r.mask, active, r.sx, sa, full)
+                shrink.slice(x, a, p, r.pages, r.mask, active, r.sx, r.sa, full)
             if counters:
                 pl.when(active > 0)(partial(counters.meet, meet[0]))
             if f"{name} sum" in stages:
-                kernel.shrink_sum(p, u, r.us, active)
+                shrink.sum(p, u, r.us, active)
             if counters:
                 pl.when(active > 0)(partial(counters.meet, meet[1]))
                 pl.when(active > 0)(lambda: plgpu.barrier_arrive(there))
 
-        one("gate_up", r.x, (r.a1, r.p1, r.u1), r.full_shrink1, r.u1_there, r.sa)
+        one("gate_up", r.x, (r.a1, r.p1, r.u1), r.full_shrink1, r.u1_there)
         if counters:
             for part, counter in enumerate(HIDDEN):
                 counters.wait(counter)
                 counters.signal(counter)
                 plgpu.barrier_arrive(r.h_there.at[part])
-        one("down", r.h, (r.a2, r.p2, r.u2), r.full_shrink2, r.u2_there, r.sa)
+        one("down", r.h, (r.a2, r.p2, r.u2), r.full_shrink2, r.u2_there)
 
 
 class _Refs:
@@ -432,7 +430,3 @@ class _Refs:
 
     def __getattr__(self, name: str) -> Any:
         return self._refs.get(name)
-
-
-def _cdiv(a: jax.Array | int, b: int) -> jax.Array:
-    return (jnp.asarray(a, jnp.int32) + b - 1) // b

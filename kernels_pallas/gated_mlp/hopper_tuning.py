@@ -2,7 +2,6 @@
 
 import dataclasses
 
-from kernels_pallas.lora_matmul import hopper_tuning
 from kernels_pallas.lora_matmul.hopper_tuning import SHARED_BYTES
 from kernels_pallas.lora_matmul.types import PAGE
 
@@ -14,16 +13,32 @@ HALF = WIDE // 2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ShrinkTuning:
+    """Of one product's shrink."""
+
+    slices: int
+    """Parts of K."""
+    group: int
+    """Rank pages that share a read of x."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Tuning:
-    """Slots in flight, and the parts of either product that are chosen by shape. `down.group` is
-    twice `gate_up.group`: both shrinks use the same shared memory."""
+    """Tile sizes. Both shrinks use the same shared memory: `down.group` is twice `gate_up.group`."""
 
     slots: int
+    """Slots of the ring: more in flight are not better (see `lora_matmul.hopper_tuning`)."""
     rounds: int
     """In which the blocks take the tiles of the first product. The second begins with what all but
     the last have given, so that nobody waits for the last."""
-    gate_up: hopper_tuning.Tuning
-    down: hopper_tuning.Tuning
+    split: int
+    """Parts of K in the second product."""
+    tail: int
+    """Tiles of w after the expand steps."""
+    shrink_stages: int
+    """64-column steps in flight in a shrink."""
+    gate_up: ShrinkTuning
+    down: ShrinkTuning
 
 
 def tuning(rows: int, width: int, hidden: int, sms: int, *, lora: bool) -> Tuning:
@@ -37,18 +52,15 @@ def tuning(rows: int, width: int, hidden: int, sms: int, *, lora: bool) -> Tunin
         s for s in (1, 2, 4, 8)
         if width // WIDE * s <= sms and hidden % (DEPTH * rounds * s) == 0
     ]  # fmt: skip
-    split = max(splits, default=1)
-    common = {"bn": WIDE, "bk": DEPTH, "stages": 0, "shrink_stages": 4, "tail": 1}
     made = Tuning(
         slots=5 if lora else 6,
         rounds=rounds,
-        gate_up=hopper_tuning.Tuning(
-            **common, split=1, slices=_slices(width), group=2,
-        ),
-        down=hopper_tuning.Tuning(
-            **common, split=split, slices=_slices(hidden), group=4,
-        ),
-    )  # fmt: skip
+        split=max(splits, default=1),
+        tail=1,
+        shrink_stages=4,
+        gate_up=ShrinkTuning(slices=_slices(width), group=2),
+        down=ShrinkTuning(slices=_slices(hidden), group=4),
+    )
     while made.slots > 4 and shared_bytes(made, rows, lora) > SHARED_BYTES:
         made = dataclasses.replace(made, slots=made.slots - 1)
     if shared_bytes(made, rows, lora) > SHARED_BYTES:
@@ -72,5 +84,5 @@ def shared_bytes(t: Tuning, rows: int, lora: bool) -> int:
     x_rows = 2 * rows if lora and rows <= 32 else rows
     ring = 2 * (t.slots * (x_rows * DEPTH + DEPTH * WIDE) + over * DEPTH)
     out = 2 * 64 * HALF + 4 * 2 * 64 * 32
-    shrink = 128 * (t.gate_up.shrink_stages * (rows + 2 * t.gate_up.group * PAGE) + over)
+    shrink = 128 * (t.shrink_stages * (rows + 2 * t.gate_up.group * PAGE) + over)
     return ring + out + (shrink + 2 * rows * PAGE if lora else 0)

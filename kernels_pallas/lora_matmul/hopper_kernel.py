@@ -1,7 +1,7 @@
 """The body of the fused Hopper kernel (see hopper.py for the idea and the entry point)."""
 
 import dataclasses
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import jax
@@ -10,19 +10,17 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels_pallas.lora_matmul.hopper_sync import Counters, Ring, interpreter, load
+from kernels_pallas.lora_matmul.hopper_shrink import ACC, RowBlocks, Shrink, cdiv
+from kernels_pallas.lora_matmul.hopper_sync import Counters, Ring, interpreter
 from kernels_pallas.lora_matmul.hopper_tuning import Tuning
 from kernels_pallas.lora_matmul.types import PAGE
 
-ACC = plgpu.ACC  # pyright: ignore[reportPrivateImportUsage]
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Kernel:
-    """Static facts of one launch, and its body. Letters: q slice of K, g group of pages, m row
-    block, s K split, c column tile, n step since the block began."""
+class Kernel(RowBlocks):
+    """Static facts of one launch, and its body. Letters: m row block, s K split, c column tile, n step
+    since the block began."""
 
-    rows: int
     width: int
     part_sizes: tuple[int, ...]
     pages: int
@@ -34,24 +32,6 @@ class Kernel:
     @property
     def parts(self) -> int:
         return len(self.part_sizes)
-
-    @property
-    def block(self) -> int:
-        """Rows of x in one tile."""
-        return min(self.rows, 128)
-
-    @property
-    def row_blocks(self) -> int:
-        return self.rows // self.block
-
-    @property
-    def wgs(self) -> int:
-        """Multiplying warpgroups: 64 rows each."""
-        return -(-self.block // 64)
-
-    @property
-    def store_rows(self) -> int:
-        return min(self.block, 64)
 
     @property
     def tiles(self) -> int:
@@ -66,16 +46,19 @@ class Kernel:
     def out_dtype(self) -> Any:
         return self.dtype if self.t.split == 1 else jnp.dtype(jnp.float32)
 
+    @cached_property
+    def shrink(self) -> Shrink:
+        """What happens beside the product."""
+        t = self.t
+        return Shrink(
+            rows=self.rows, width=self.width, parts=self.parts, pages=self.pages, slices=t.slices,
+            group=t.group, stages=t.shrink_stages, chunk=self.chunk, sms=self.sms, dtype=self.dtype,
+        )  # fmt: skip
+
     def out_types(self) -> tuple[jax.ShapeDtypeStruct, ...]:
         """y; u = x A^T, masked; and its slices."""
-        padded = self.row_blocks * self.wgs * 64
-        return (
-            jax.ShapeDtypeStruct((self.t.split, self.rows, sum(self.part_sizes)), self.out_dtype),
-            jax.ShapeDtypeStruct((self.parts, self.rows, self.pages * PAGE), self.dtype),
-            jax.ShapeDtypeStruct(
-                (self.t.slices, self.pages * self.parts, padded, PAGE), jnp.float32
-            ),
-        )
+        y = (self.t.split, self.rows, sum(self.part_sizes))
+        return jax.ShapeDtypeStruct(y, self.out_dtype), *self.shrink.out_types()
 
     def call(
         self, phase: str, out: tuple[Any, ...], args: tuple[jax.Array, ...], interpret: bool = False
@@ -165,11 +148,11 @@ class Kernel:
             if registers:
                 plgpu.set_max_registers(registers[2], action="decrease")
             if phase in ("all", "slices"):
-                self.shrink_slices(x, a, p, pages, mask, active, sx, sa, full_shrink)
+                self.shrink.slice(x, a, p, pages, mask, active, sx, sa, full_shrink)
             if counters:
                 pl.when(active > 0)(partial(counters.meet, 0))
             if phase in ("all", "sum"):
-                self.shrink_sum(p, u, us, active)
+                self.shrink.sum(p, u, us, active)
             if counters:  # the one who waits for the others has nothing else to do
                 pl.when(active > 0)(partial(counters.meet, 1))
                 pl.when(active > 0)(lambda: plgpu.barrier_arrive(u_there))
@@ -181,8 +164,8 @@ class Kernel:
             if phase in ("all", "multiply"):
                 self.multiply(ring, y, ys, active)
 
-    # Which block does what: tiles of w are dealt from the first block on, shrink units from the
-    # last, so that blocks without a tile take the shrink first.
+    # Which block does what: tiles of w are dealt from the first block on, what is to be shrunk from the
+    # last, so that blocks without a tile take that first.
 
     def _tiles_of_block(self) -> jax.Array:
         total = self.tiles * self.t.split * self.row_blocks
@@ -194,16 +177,10 @@ class Kernel:
         m, rest = lax.rem(unit, jnp.int32(self.row_blocks)), unit // self.row_blocks
         return m, lax.rem(rest, jnp.int32(self.tiles)), rest // self.tiles
 
-    def _units_of_block(self, total: jax.Array) -> jax.Array:
-        return lax.max((total - self._last_first() + self.sms - 1) // self.sms, 0)
-
-    def _last_first(self) -> jax.Array:
-        return self.sms - 1 - lax.axis_index("sm")
-
     def _expands(self, active: jax.Array, s: jax.Array) -> jax.Array:
         """Expand steps of a tile: K splits take chunks of pages in turn."""
-        chunks = _cdiv(active, self.chunk)
-        return lax.max(_cdiv(chunks - s, self.t.split), 0)
+        chunks = cdiv(active, self.chunk)
+        return lax.max(cdiv(chunks - s, self.t.split), 0)
 
     @property
     def _steps(self) -> int:
@@ -293,111 +270,3 @@ class Kernel:
 
         lax.fori_loop(0, self._tiles_of_block(), tile, jnp.int32(0))
         plgpu.wait_smem_to_gmem(0, wait_read_only=False)
-
-    def shrink_slices(
-        self, x: Any, a: Any, p: Any, pages: Any, mask: Any, active: jax.Array, sx: Any, sa: Any,
-        full: Any,
-    ) -> None:  # fmt: skip
-        """p[q, page and part, row] = x[row, slice q] A[page, part, slice q]^T, masked."""
-        t, rows, parts = self.t, self.block, self.parts
-        steps = self.width // 64 // t.slices
-
-        def place(i: jax.Array | int) -> tuple[jax.Array, jax.Array, jax.Array]:
-            index = self._last_first() + i * self.sms
-            rest = index // t.slices
-            m, g = lax.rem(rest, jnp.int32(self.row_blocks)), rest // self.row_blocks
-            return lax.rem(index, jnp.int32(t.slices)), m, g
-
-        def page_ids(i: jax.Array | int) -> list[jax.Array]:
-            """Asked for before it is known whether there is such a unit: nothing waits for both."""
-            first = lax.min(place(i)[2] * t.group, jnp.int32(self.pages - t.group))
-            return [pages[first + j] for j in range(t.group)]
-
-        def unit(i: jax.Array, carry: Any) -> Any:
-            n, *ids = carry
-            q, m, g = place(i)
-
-            def issue(k: jax.Array | int) -> None:
-                slot = lax.rem(n + k, jnp.int32(t.shrink_stages))
-                depth = pl.ds((q * steps + k) * 64, 64)
-                for j, page in enumerate(ids):
-                    a_rows = sa.at[slot, pl.ds(j * parts * PAGE, parts * PAGE)]
-                    plgpu.copy_gmem_to_smem(a.at[page, :, depth], a_rows, full.at[slot])
-                x_tile = sx.at[pl.ds(slot * rows, rows)]
-                plgpu.copy_gmem_to_smem(x.at[pl.ds(m * rows, rows), depth], x_tile, full.at[slot])
-
-            for k in range(min(t.shrink_stages, steps)):
-                issue(k)
-
-            def accumulate(*accs: Any) -> list[jax.Array]:
-                def step(k: jax.Array, carry: jax.Array) -> jax.Array:
-                    slot = lax.rem(n + k, jnp.int32(t.shrink_stages))
-                    plgpu.barrier_wait(full.at[slot])
-                    for j, acc in enumerate(accs):
-                        x_tile = sx.at[pl.ds(slot * rows + j * 64, 64)]
-                        plgpu.wgmma(acc, x_tile, sa.at[slot].transpose((1, 0)))
-                    plgpu.wgmma_wait(0)
-                    if steps > t.shrink_stages:
-                        following = k + t.shrink_stages
-                        pl.when(following < steps)(partial(issue, following))
-                    return carry
-
-                lax.fori_loop(0, steps, step, jnp.int32(0))
-                return [acc[...] for acc in accs]
-
-            owns = [[self._mask(mask, m, j, g * t.group + i) for i in range(t.group)]
-                    for j in range(self.wgs)]  # fmt: skip
-            shape = (64, t.group * parts * PAGE)
-            accs = pl.run_scoped(accumulate, *[ACC(shape, jnp.float32)] * self.wgs)
-            for j, acc in enumerate(accs):
-                at = pl.ds((m * self.wgs + j) * 64, 64)
-                for column in range(t.group * parts):
-                    values = acc[:, column * PAGE : (column + 1) * PAGE]
-                    own = lax.broadcast_in_dim(owns[j][column // parts], values.shape, [0])
-                    p.at[q, g * t.group * parts + column, at][...] = values * own
-            return n + steps, *page_ids(i + 1)
-
-        first = page_ids(0)
-        total = _cdiv(active, t.group) * t.slices * self.row_blocks
-        lax.fori_loop(0, self._units_of_block(total), unit, (jnp.int32(0), *first))
-
-    def _mask(self, mask: Any, m: jax.Array, j: int, page: jax.Array) -> jax.Array:
-        at = pl.ds((m * self.wgs + j) * 64, 64)
-        return load(mask, (page, at), plgpu.Layout.WGMMA.reduce(1))
-
-    def shrink_sum(self, p: Any, u: Any, us: Any, active: jax.Array) -> None:
-        """u[part, row, rank] = the sum of p over slices; zeros up to a whole chunk of pages."""
-        rows, blocks = self.store_rows, self.row_blocks * self.wgs
-        layout = plgpu.Layout.WG_STRIDED((rows, PAGE), vec_size=rows * PAGE // 128)
-
-        def unit(i: jax.Array, carry: jax.Array) -> jax.Array:
-            index = self._last_first() + i * self.sms
-            m, column = lax.rem(index, jnp.int32(blocks)), index // blocks
-            page, part = column // self.parts, lax.rem(column, jnp.int32(self.parts))
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-
-            @pl.when(page < active)
-            def _() -> None:
-                total = None
-                for q in range(self.t.slices):  # unrolled: all loads in flight at once
-                    part_sum = load(p, (q, column, pl.ds(m * 64, rows)), layout)
-                    total = part_sum if total is None else total + part_sum
-                assert total is not None
-                us[...] = total.astype(self.dtype)
-
-            @pl.when(page >= active)
-            def _() -> None:
-                us[...] = plgpu.layout_cast(jnp.zeros((rows, PAGE), self.dtype), layout)
-
-            plgpu.commit_smem()
-            at = u.at[part, pl.ds(m * 64, rows), pl.ds(page * PAGE, PAGE)]
-            plgpu.copy_smem_to_gmem(us, at)
-            return carry
-
-        total = _cdiv(active, self.chunk) * self.chunk * self.parts * blocks
-        lax.fori_loop(0, self._units_of_block(total), unit, jnp.int32(0))
-        plgpu.wait_smem_to_gmem(0, wait_read_only=False)
-
-
-def _cdiv(a: jax.Array | int, b: int) -> jax.Array:
-    return (jnp.asarray(a, jnp.int32) + b - 1) // b

@@ -77,12 +77,10 @@ class Case:
 
 def small(t: Tuning, split: int) -> Tuning:
     """The same with less in flight, for the interpreter."""
-    return dataclasses.replace(
-        t,
-        slots=4,
-        gate_up=dataclasses.replace(t.gate_up, slices=2, shrink_stages=2),
-        down=dataclasses.replace(t.down, slices=2, shrink_stages=2, split=split, tail=1),
-    )
+    shrinks = {
+        name: dataclasses.replace(getattr(t, name), slices=2) for name in ("gate_up", "down")
+    }
+    return dataclasses.replace(t, slots=4, split=split, shrink_stages=2, **shrinks)
 
 
 @interpreted
@@ -170,9 +168,9 @@ def test_tiles_of_real_models_fit_shared_memory(rows, lora, width, hidden):
     assert shared_bytes(made, rows, lora) <= SHARED_BYTES
     assert made.rounds >= 2
     assert made.down.group == 2 * made.gate_up.group
-    late, rest = divmod(hidden, 64 * made.rounds * made.down.split)
+    late, rest = divmod(hidden, 64 * made.rounds * made.split)
     assert rest == 0
-    assert 0 < made.down.tail <= late
+    assert 0 < made.tail <= late
 
 
 def test_an_ordinary_machine_takes_the_three_steps_instead():
