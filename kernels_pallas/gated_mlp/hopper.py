@@ -42,12 +42,13 @@ def gated_mlp(
     interpret: bool = False,
 ) -> Float[Array, "parts T D"]:
     """See `kernels_pallas.gated_mlp`."""
-    if not all(isinstance(pool, RankPool) for pool in pools or ()):
+    own = [pool for pool in pools or () if isinstance(pool, RankPool)]
+    if len(own) != len(pools or ()):
         raise NotImplementedError("copies of pages are not supported: the kernel copies none out")
-    kinds = {array.dtype for array in (x, gate_up, down, *(pool.a for pool in pools or ()))}
+    kinds = {array.dtype for array in (x, gate_up, down, *(pool.a for pool in own))}
     if len(kinds) > 1 or x.dtype not in (jnp.bfloat16, jnp.float16):
         raise NotImplementedError(f"{sorted(map(str, kinds))}: all must be bfloat16 or float16")
-    if any(pool.b.shape[1] != PAGE for pool in pools or ()):
+    if any(pool.b.shape[1] != PAGE for pool in own):
         raise NotImplementedError(f"pages of {PAGE} ranks are supported")
     if not interpret and jax.__version_info__ < (0, 11):
         raise NotImplementedError(f"the kernel needs jax 0.11, this is {jax.__version__}")

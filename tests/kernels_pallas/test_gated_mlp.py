@@ -142,10 +142,11 @@ def test_gradients_are_those_of_the_three_steps(monkeypatch):
     config = tuning(8, 128, 256, BLOCKS, lora=True)
     monkeypatch.setattr(jax, "__version_info__", (0, 11, 0))
 
-    def ours(*args):
+    def ours(x, gate_up, down, pools):
         out = hopper.gated_mlp(
-            *args, case.segments, None, activation="silu", config=config, sms=BLOCKS
-        )
+            x, gate_up, down, pools, case.segments, None,
+            activation="silu", config=config, sms=BLOCKS,
+        )  # fmt: skip
         assert out.shape[0] == 4
         return (out.sum(0) * weight).sum()
 
