@@ -151,9 +151,10 @@ def with_models(
 
 def pages_for(options: BenchOptions) -> int:
     """Rank pages that `room` adapters of the largest rank take."""
-    import jax  # lazy: --mesh is set before jax is imported
+    from jlora.device_memory import start_backend  # lazy: --mesh is set before jax is imported
 
-    rows = 16 if jax.default_backend() == "gpu" else 8  # of a page, as jlora.build has it
+    gpu = start_backend(options.gpu_memory_utilization) == "gpu"
+    rows = 16 if gpu else 8  # of a page, as jlora.build has it
     assert options.room is not None
     return options.room * -(-max(max(ranks) for ranks in options.mixes) // rows)
 

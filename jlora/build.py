@@ -22,7 +22,7 @@ from jlora.adapters.peft import read_adapter
 from jlora.adapters.pool import RankPages, StagedAdapter
 from jlora.adapters.store import AdapterStore
 from jlora.demo.model import cache_folder, demo_model_folder
-from jlora.device_memory import device_memory
+from jlora.device_memory import LARGEST_POOL, device_memory, start_backend
 from jlora.engine.config import EngineConfig, buckets
 from jlora.engine.engine import Engine
 from jlora.engine.runner import Runner
@@ -105,7 +105,8 @@ def build_engine(options: ModelOptions, *, progress: Progress | None = None) -> 
     tokenizer = Tokenizer.from_folder(folder)
     texts = AdapterTexts(tokenizer)
     names = options.served_model_name or (folder.name,)
-    platform = "gpu" if jax.default_backend() == "gpu" else "cpu"
+    # Nothing before this may use a device: the backend would start with a smaller pool.
+    platform = "gpu" if start_backend(options.gpu_memory_utilization) == "gpu" else "cpu"
     mesh, layout = make_mesh(options.mesh), Layout(cfg, options.mesh)
     dtype = _dtype(options.dtype, cfg.dtype, platform)
     copy_head = platform == "cpu"
@@ -119,7 +120,8 @@ def build_engine(options: ModelOptions, *, progress: Progress | None = None) -> 
         cfg, layout, mesh, lora_pages, dtype, config.rank_page, held.support, held.targets
     )
     kv_page = _kv_page_bytes(layout, config, dtype)
-    num_pages = _kv_pages(options, config, kv_page, platform, options.mesh)
+    temporaries = _temporaries(layout, config, dtype)
+    num_pages = _kv_pages(options, config, kv_page, temporaries, platform)
     config.check_num_pages(num_pages)
     abstract = abstract_decoder(layout, dtype, copy_head=copy_head)
     runner = Runner(
@@ -293,8 +295,19 @@ def _kv_page_bytes(layout: Layout, config: EngineConfig, dtype: np.dtype) -> int
     return token * config.page_size
 
 
+def _temporaries(layout: Layout, config: EngineConfig, dtype: np.dtype) -> int:
+    """Bytes on a device that a start or a step may take beside weights, pages and K/V.
+
+    A start went 1.2 GB beyond the plan with a head of 1.05 GB (experiments/008_memory): most likely
+    XLA timed the head's product on a copy. A sampler that does all it can holds seven arrays as large
+    as its scores (XLA's own figure, on a CPU), and the slots' counts are one more.
+    """
+    head = layout.cfg.embed * dtype.itemsize // layout.tp
+    return layout.cfg.vocab_rows * (head + 8 * config.max_num_seqs * 4)
+
+
 def _kv_pages(
-    options: ModelOptions, config: EngineConfig, page: int, platform: str, devices: int
+    options: ModelOptions, config: EngineConfig, page: int, temporaries: int, platform: str
 ) -> int:
     """K/V pages that the memory buys, the trash page included."""
     useful = config.max_num_seqs * -(-config.max_model_len // config.page_size) + 1
@@ -302,11 +315,21 @@ def _kv_pages(
     if budget is None and platform == "cpu":
         budget = CPU_KV_BYTES
     elif budget is None:
-        free = []
-        for device in jax.devices()[:devices]:
-            limit, used = device_memory(device)
-            free.append(int(limit * options.gpu_memory_utilization) - used)
-        budget = max(0, min(free)) * devices
+        share, devices = options.gpu_memory_utilization, jax.devices()[: options.mesh]
+        memories = [device_memory(device) for device in devices]
+        least = min(memories, key=lambda memory: memory.pool)
+        if least.pool < int(least.card * share):
+            log.warning(
+                "jax can have %.1f of a device's %.1f GB, less than --gpu-memory-utilization %g: its "
+                "pool is at most %g of it, and less if jax ran already, if others use the device, "
+                "or if the environment says so",
+                least.pool / 1e9,
+                least.card / 1e9,
+                share,
+                LARGEST_POOL,
+            )
+        room = min(memory.room(share, temporaries) for memory in memories)
+        budget = max(0, room) * len(devices)
     return min(useful, budget // page)
 
 

@@ -149,7 +149,7 @@ class ModelOptions:
     gpu_memory_utilization: float = field(
         default=0.9, metadata={"aliases": ("--mem-fraction-static",)}
     )
-    """Share of a GPU's memory that weights, adapters and KV cache may take together."""
+    """Share of a GPU's memory that weights, adapters and KV cache may take together. jax's pool is made a little larger, for temporary buffers, at most 0.95 of the GPU; XLA_CLIENT_MEM_FRACTION, if set, is its share instead."""
 
     kv_cache_memory: str | None = None
     """Memory for the KV cache over all devices, e.g. 2GiB. Default: what the GPU has left; on a CPU max_num_seqs times max_model_len, at most 1GiB."""

@@ -66,7 +66,7 @@ class PlanOptions:
     """Different adapters among them. Default: as many as there are, at most one each."""
 
     utilization: float = 0.9
-    """Share of the memory that may be used."""
+    """Share of the memory that may be used, as serve's --gpu-memory-utilization."""
 
     memory_gb: float | None = None
     """Memory of the device, in 10^9 bytes, if not the usual."""

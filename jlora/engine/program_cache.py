@@ -133,7 +133,7 @@ def _environment() -> tuple[Any, ...]:
     variables = {
         key: value
         for key, value in os.environ.items()
-        if key.startswith(("XLA_", "JAX_", "LIBTPU"))
+        if key.startswith(("XLA_", "JAX_", "LIBTPU")) and not key.endswith("_MEM_FRACTION")
     }
     return (
         _sources(),

@@ -129,6 +129,14 @@ def test_engines_that_differ_in_anything_share_no_step(tiny_model, monkeypatch):
     assert entries(dataclasses.replace(cfg, name="moved")) == entries(cfg) == kinds[0]
 
 
+@pytest.mark.parametrize("name", ["XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"])
+def test_how_much_memory_jax_takes_is_no_part_of_a_name(tiny_model, monkeypatch, name):
+    cfg = ModelConfig.from_folder(tiny_model("llama"))
+    before = entries(cfg)
+    monkeypatch.setenv(name, "0.5")
+    assert entries(cfg) == before
+
+
 def test_sampling_is_shared_by_models_of_one_vocabulary_and_by_nothing_else(tiny_model):
     cfg = ModelConfig.from_folder(tiny_model("llama"))
     own = entries(cfg)["sample"]
