@@ -1,10 +1,11 @@
 """The gated MLP for Hopper in ONE launch (Mosaic GPU): gate, up, activation, down and their LoRA.
 
 One persistent block an SM. A tile of the first product has as many columns of gate as of up, so
-that the activation is its epilogue; the hidden state goes to L2, one grid-wide wait, and the second
-product begins. Its weights do not wait: the ring of tiles in shared memory runs on through the
-boundary, where separate launches leave memory idle for as long as one ends, the activation runs
-and the next begins. LoRA as in `kernels_pallas.lora_matmul.hopper`, for both products.
+that the activation is its epilogue; the hidden state goes to L2. Blocks take these tiles in rounds.
+The second product begins with the rows of w that all rounds but the last have given an input for,
+and waits for the rest when it comes to them: then the grid is long there. So the ring of tiles in
+shared memory never runs dry, where separate launches leave memory idle for as long as one ends,
+the activation runs and the next begins. LoRA as in `kernels_pallas.lora_matmul.hopper`, for both.
 """
 
 from functools import partial

@@ -229,7 +229,7 @@ class GatedMLP:
         *halves, n = pl.run_scoped(accumulate, acc, acc)
         return (halves[0], halves[1]), n
 
-    # Which block does what. Shrink units are dealt from the last block on (see Kernel).
+    # Which block does what. What is to be shrunk is dealt from the last block on (see Shrink).
 
     @property
     def _rounds(self) -> tuple[int, int]:
