@@ -100,6 +100,7 @@ def _refuse(x: jax.Array, w: jax.Array, pool: RankPool | None, interpret: bool) 
 
 
 def padded_rows(rows: int) -> int:
+    """With what the launch adds to make tiles."""
     step = 8 if rows <= 64 else 128
     return -(-rows // step) * step
 
@@ -155,6 +156,7 @@ _matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
 def device_sms() -> int:
+    """Streaming multiprocessors of the device that is compiled for."""
     abstract = jax.sharding.get_abstract_mesh().abstract_device
     count = abstract.num_cores if abstract else jax.devices()[0].core_count
     return count or 132

@@ -16,7 +16,8 @@ from jaxtyping import Array, Int
 @dataclasses.dataclass(frozen=True)
 class Ring:
     """Slots of shared memory that one warpgroup fills and the others multiply: a tile of `rows`
-    rows of x and a tile of w each, and barriers for full (of x and w, or of u and B) and empty."""
+    rows of x and a tile of w each (for `consume_pair` two), and barriers for full (of x and w, or of
+    u and B) and empty."""
 
     stages: int
     rows: int
@@ -32,10 +33,6 @@ class Ring:
     def acquire(self, n: jax.Array) -> tuple[Any, Any, jax.Array]:
         """Wait until the slot of step n is free; its x tile, its w tile, its number."""
         self._wait_free(n)
-        return self.slot(n)
-
-    def slot(self, n: jax.Array) -> tuple[Any, Any, jax.Array]:
-        """The same for who has acquired it."""
         slot = self._slot(n)
         x_tile = self.xs.at[pl.ds(slot * self.rows, self.rows)]
         return x_tile, self.ws.at[slot], slot
