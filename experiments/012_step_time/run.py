@@ -1,7 +1,7 @@
 """How long a compiled decode step takes by itself: no scheduler, no sampler, no server.
 
 `PYTHONPATH=. python experiments/012_step_time/run.py [--rows 32 --adapters 0 1 8 32]`: dummy weights of a named
-shape. All cases of a round run one after the other. Last line: one JSON document.
+shape. The cases of a round take turns in random order. Last line: one JSON document.
 """
 
 import argparse

@@ -1,9 +1,11 @@
 """The public function. There is one implementation, for an H100 or H200: elsewhere the functions of
 which the Semantics are made do the same, and `gated_mlp` says so by giving None."""
 
+import jax
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.hardware import is_hopper
+from kernels_pallas.lora_matmul.api import check
 from kernels_pallas.lora_matmul.types import ActivePages, RankPool, Segments
 
 IMPLEMENTATIONS = ("hopper",)
@@ -33,7 +35,7 @@ def gated_mlp(
         implementation: "hopper" or None (chosen by platform and shape).
 
     Raises:
-        ValueError: for shapes that do not fit each other.
+        ValueError: for shapes that do not fit each other, and pools without segments or the reverse.
         NotImplementedError: for a named implementation that does not exist, or cannot do this.
     """
     if implementation not in (None, *IMPLEMENTATIONS):
@@ -46,6 +48,14 @@ def gated_mlp(
             f"x {x.shape}, gate_up {gate_up.shape}, down {down.shape}; expected [T, D], [D, 2 F] and "
             "[F, D]"
         )
+    if (pools is None) != (segments is None):
+        raise ValueError(
+            "pools and segments come together: without one, adapters would be left out"
+        )
+    if pools is not None and segments is not None:
+        check(x, pools[0], segments, (hidden, hidden))
+        between = jax.ShapeDtypeStruct((x.shape[0], hidden), x.dtype)
+        check(between, pools[1], segments, (width,))
     if implementation is None and not is_hopper("gated_mlp"):
         return None
     from kernels_pallas.gated_mlp import hopper  # imports Mosaic GPU: only where it is used

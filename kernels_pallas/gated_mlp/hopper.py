@@ -18,8 +18,14 @@ from jaxtyping import Array, Float, Int
 from kernels_pallas.act_mul.xla import act_mul
 from kernels_pallas.gated_mlp.hopper_kernel import STAGES, GatedMLP
 from kernels_pallas.gated_mlp.hopper_tuning import HALF, WIDE, Tuning, tuning
-from kernels_pallas.lora_matmul import xla
-from kernels_pallas.lora_matmul.hopper import BASE_ROWS, device_sms, meta, padded_rows
+from kernels_pallas.lora_matmul.hopper import (
+    BASE_ROWS,
+    device_sms,
+    meta,
+    padded_rows,
+    product_by_xla,
+    refuse,
+)
 from kernels_pallas.lora_matmul.hopper_sync import counters
 from kernels_pallas.lora_matmul.types import PAGE, ActivePages, RankPool, Segments
 
@@ -46,13 +52,10 @@ def gated_mlp(
     own = [pool for pool in pools or () if isinstance(pool, RankPool)]
     if len(own) != len(pools or ()):
         raise NotImplementedError("copies of pages are not supported: the kernel copies none out")
-    kinds = {array.dtype for array in (x, gate_up, down, *(pool.a for pool in own))}
-    if len(kinds) > 1 or x.dtype not in (jnp.bfloat16, jnp.float16):
-        raise NotImplementedError(f"{sorted(map(str, kinds))}: all must be bfloat16 or float16")
     if any(pool.b.shape[1] != PAGE for pool in own):
         raise NotImplementedError(f"pages of {PAGE} ranks are supported")
-    if not interpret and jax.__version_info__ < (0, 11):
-        raise NotImplementedError(f"the kernel needs jax 0.11, this is {jax.__version__}")
+    for w, pool in zip((gate_up, down), own or (None, None), strict=True):
+        refuse(x, w, pool, interpret)
     sms = sms or device_sms()
     hidden, width = down.shape
     config = config or tuning(padded_rows(x.shape[0]), width, hidden, sms, lora=pools is not None)
@@ -104,15 +107,10 @@ def _backward(static: Any, saved: Any, dy: jax.Array) -> tuple[Any, ...]:
     *arrays, pools, segments, _ = saved
 
     def plain(x: jax.Array, gate_up: jax.Array, down: jax.Array, pools: Pools | None) -> jax.Array:
-        def product(x: jax.Array, w: jax.Array, which: int, part_sizes: tuple[int, ...]):
-            y = xla.base_matmul(x, w)
-            if pools is not None:
-                y += xla.lora_delta(x, pools[which], segments, part_sizes=part_sizes)
-            return y
-
-        both = product(x, gate_up, 0, (down.shape[0],) * 2)
+        first, second = pools or (None, None)
+        both = product_by_xla(x, gate_up, first, segments, (down.shape[0],) * 2)
         h = act_mul(both, activation=static[0]).astype(x.dtype)
-        return product(h, down, 1, down.shape[1:])
+        return product_by_xla(h, down, second, segments, down.shape[1:])
 
     return (*jax.vjp(plain, *arrays, pools)[1](dy[0]), None, None)  # parts have all the same
 

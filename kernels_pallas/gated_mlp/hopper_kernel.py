@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from functools import cached_property, partial
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -12,7 +13,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.act_mul.xla import ACTIVATIONS
-from kernels_pallas.gated_mlp.hopper_tuning import DEPTH, HALF, WIDE, ShrinkTuning, Tuning
+from kernels_pallas.gated_mlp.hopper_tuning import (
+    DEPTH,
+    HALF,
+    WIDE,
+    ShrinkTuning,
+    Tuning,
+    expand_slots,
+    slot_rows,
+)
 from kernels_pallas.lora_matmul.hopper_shrink import ACC, Shrink, cdiv
 from kernels_pallas.lora_matmul.hopper_sync import Counters, Ring, interpreter
 from kernels_pallas.lora_matmul.types import PAGE
@@ -60,14 +69,11 @@ class GatedMLP:
 
     @property
     def expand_slots(self) -> int:
-        """Slots of an expand step. Its halves multiply different u: one slot has room for two of up to
-        32 rows."""
-        return 1 if self.rows <= 32 else 2
+        return expand_slots(self.rows)
 
     @property
     def slot_rows(self) -> int:
-        """Rows for x in a slot."""
-        return self.rows * (2 if self.pages and self.expand_slots == 1 else 1)
+        return slot_rows(self.rows, self.pages > 0)
 
     @property
     def over(self) -> int:
@@ -149,7 +155,8 @@ class GatedMLP:
     def body(self, stages: tuple[str, ...], refs: dict[str, Any]) -> None:
         """What every warpgroup of every block runs: one multiplies, one streams, one shrinks."""
         wg = lax.axis_index("wg")
-        r = _Refs(refs)
+        # None for results that a launch of one stage neither writes nor reads.
+        r = SimpleNamespace(**(dict.fromkeys(self.out_types()) | refs))
         active = r.count[0] if self.pages else jnp.int32(0)
         counters = Counters(r.sync, self.sms) if len(stages) > 1 else None
         full_expand = r.full_expand if self.pages else None
@@ -166,8 +173,8 @@ class GatedMLP:
     ) -> None:
         n = jnp.int32(0)
         if "gate_up" in stages:
-            starts = (0, self._rounds[0])
-            for first, last, counter in zip(starts, self._rounds, HIDDEN, strict=True):
+            early, every = self.t.rounds - 1, self.t.rounds
+            for first, last, counter in ((0, early, HIDDEN[0]), (early, every, HIDDEN[1])):
                 tiles = self._tiles_of_block()
                 lo, hi = (lax.min(tiles, jnp.int32(end)) for end in (first, last))
                 n = lax.fori_loop(lo, hi, self._gate_up_tile(ring, r, active), n)
@@ -230,11 +237,6 @@ class GatedMLP:
         return (halves[0], halves[1]), n
 
     # Which block does what. What is to be shrunk is dealt from the last block on (see Shrink).
-
-    @property
-    def _rounds(self) -> tuple[int, int]:
-        """Rounds of the first product before the second begins, and all."""
-        return self.t.rounds - 1, self.t.rounds
 
     @property
     def _round(self) -> int:
@@ -312,7 +314,7 @@ class GatedMLP:
         self, ring: Ring, r: Any, active: jax.Array, counters: Any, n: jax.Array
     ) -> jax.Array:
         steps, tail = self._down_steps, self.t.tail
-        early = steps * self._rounds[0] // self.t.rounds
+        early = steps * (self.t.rounds - 1) // self.t.rounds
         split = self.t.split
 
         def unit(i: jax.Array, carry: Any) -> Any:
@@ -420,13 +422,3 @@ class GatedMLP:
                 counters.signal(counter)
                 plgpu.barrier_arrive(r.h_there.at[part])
         one("down", r.h, (r.a2, r.p2, r.u2), r.full_shrink2, r.u2_there)
-
-
-class _Refs:
-    """Refs by name; None for what a launch of one stage lacks."""
-
-    def __init__(self, refs: dict[str, Any]):
-        self._refs = refs
-
-    def __getattr__(self, name: str) -> Any:
-        return self._refs.get(name)

@@ -78,11 +78,21 @@ def _slices(width: int) -> int:
     return max(s for s in (1, 2, 4, 8, 16) if width % (64 * s) == 0)
 
 
+def expand_slots(rows: int) -> int:
+    """Slots of an expand step. Its halves multiply different u: one slot has room for two of up to
+    32 rows."""
+    return 1 if rows <= 32 else 2
+
+
+def slot_rows(rows: int, lora: bool) -> int:
+    """Rows for x in a slot."""
+    return rows * (2 if lora and expand_slots(rows) == 1 else 1)
+
+
 def shared_bytes(t: Tuning, rows: int, lora: bool) -> int:
     """Shared memory of a block."""
     over = 64 - rows
-    x_rows = 2 * rows if lora and rows <= 32 else rows
-    ring = 2 * (t.slots * (x_rows * DEPTH + DEPTH * WIDE) + over * DEPTH)
+    ring = 2 * (t.slots * (slot_rows(rows, lora) * DEPTH + DEPTH * WIDE) + over * DEPTH)
     out = 2 * 64 * HALF + 4 * 2 * 64 * 32
     shrink = 128 * (t.shrink_stages * (rows + 2 * t.gate_up.group * PAGE) + over)
     return ring + out + (shrink + 2 * rows * PAGE if lora else 0)

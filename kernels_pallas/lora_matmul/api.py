@@ -30,7 +30,7 @@ def lora_delta(
     out_dtype: jax.typing.DTypeLike | None = None,
 ) -> Float[Array, "T N"]:
     """The LoRA part alone. `out_dtype` is x's unless given; see the package for Semantics."""
-    _check(x, pool, segments, part_sizes)
+    check(x, pool, segments, part_sizes)
     delta = _module(implementation).lora_delta(x, pool, segments, part_sizes=part_sizes)
     return delta.astype(out_dtype or x.dtype)
 
@@ -59,7 +59,7 @@ def lora_matmul(
         )
     y = parts = None
     if pool is not None and segments is not None:
-        _check(x, pool, segments, part_sizes)
+        check(x, pool, segments, part_sizes)
         parts = _fused(x, w, pool, segments, part_sizes, implementation)
         if parts is None:
             y = _module(implementation).matmul(x, w, pool, segments, part_sizes=part_sizes)
@@ -140,12 +140,13 @@ def _module(implementation: str | None) -> ModuleType:
     return reference if implementation == "reference" else xla
 
 
-def _check(
-    x: jax.Array,
+def check(
+    x: jax.Array | jax.ShapeDtypeStruct,
     pool: RankPool | ActivePages,
     segments: Segments,
     part_sizes: tuple[int, ...],
 ) -> None:
+    """ValueError for a pool or segments that do not fit x and its projections."""
     if isinstance(pool, RankPool):
         page = pool.b.shape[1]
         want_a = (len(part_sizes) * page, x.shape[1])

@@ -46,7 +46,7 @@ def matmul(
     Calls that share `segments` must depend on one another, as the projections of a decoder do:
     they share two counters, which every call leaves at zero.
     """
-    _refuse(x, w, pool, interpret)
+    refuse(x, w, pool, interpret)
     sms = sms or device_sms()
     rows = padded_rows(x.shape[0])
     tiles = tuning if rows <= NARROW_ROWS else hopper_wide_tuning.tuning
@@ -65,7 +65,7 @@ def base_matmul(
 ) -> Float[Array, "parts T N"]:
     """`x @ w` alone, as `matmul` gives it: the same launch without a shrink. A decoder's step of 32
     rows is 2% faster with it than with XLA's matmuls, which split K of three projections in four."""
-    _refuse(x, w, None, interpret)
+    refuse(x, w, None, interpret)
     if x.shape[0] > NARROW_ROWS:
         raise NotImplementedError(f"{x.shape[0]} rows: up to {NARROW_ROWS} are supported")
     sms = sms or device_sms()
@@ -88,7 +88,8 @@ def worth_it(x: jax.Array, part_sizes: tuple[int, ...]) -> bool:
     return hopper_wide_tuning.worth_it(x.shape[0], part_sizes, device_sms())
 
 
-def _refuse(x: jax.Array, w: jax.Array, pool: RankPool | None, interpret: bool) -> None:
+def refuse(x: jax.Array, w: jax.Array, pool: RankPool | None, interpret: bool) -> None:
+    """NotImplementedError for types and versions that no fused launch takes."""
     kinds = {x.dtype, w.dtype} | (set() if pool is None else {pool.a.dtype})
     if len(kinds) > 1 or x.dtype not in (jnp.bfloat16, jnp.float16):
         pages = "" if pool is None else f", pool {pool.a.dtype}"
@@ -144,12 +145,23 @@ def _matmul_backward(
     dy = dy[0]  # parts are only ever summed: all have the same
 
     def plain(x: jax.Array, w: jax.Array, pool: RankPool | None) -> jax.Array:
-        y = xla.base_matmul(x, w)
-        if pool is not None:
-            y = y + xla.lora_delta(x, pool, segments, part_sizes=part_sizes)
-        return y.astype(dy.dtype)
+        return product_by_xla(x, w, pool, segments, part_sizes).astype(dy.dtype)
 
     return (*jax.vjp(plain, x, w, pool)[1](dy), None)
+
+
+def product_by_xla(
+    x: jax.Array,
+    w: jax.Array,
+    pool: RankPool | None,
+    segments: Segments | None,
+    part_sizes: tuple[int, ...],
+) -> jax.Array:
+    """What gradients are taken of: base and delta as matmuls of their own."""
+    y = xla.base_matmul(x, w)
+    if pool is not None and segments is not None:
+        y = y + xla.lora_delta(x, pool, segments, part_sizes=part_sizes)
+    return y
 
 
 _matmul.defvjp(_matmul_forward, _matmul_backward)

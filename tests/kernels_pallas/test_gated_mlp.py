@@ -205,6 +205,15 @@ def test_shapes_that_do_not_fit_each_other_are_refused():
         gated_mlp(case.x, case.down, case.gate_up, activation="silu")
 
 
+def test_pools_without_segments_are_refused_and_so_are_pools_of_another_shape():
+    case = Case.random(testing.pattern("identical", 8), 128, 256)
+    args = (case.x, case.gate_up, case.down)
+    with pytest.raises(ValueError, match="adapters would be left out"):
+        gated_mlp(*args, case.pools, None, activation="silu")
+    with pytest.raises(ValueError, match="pool pages have shapes"):
+        gated_mlp(*args, (case.pools[1], case.pools[0]), case.segments, activation="silu")
+
+
 def test_an_unknown_implementation_is_refused():
     case = Case.random(testing.pattern("base", 8), 128, 256)
     with pytest.raises(NotImplementedError, match="'triton'"):

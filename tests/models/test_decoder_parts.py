@@ -1,5 +1,6 @@
 """Products that come in parts, as the Hopper kernels give them where K is split, are summed once
-wherever they go: by the launch that adds and normalises, or before a norm, a bias or a plain sum. An MLP that comes from one launch is used as what its three steps give."""
+wherever they go: by the launch that adds and normalises, or before a norm, a bias or a plain sum. An MLP
+that comes from one launch is used as what its three steps give."""
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,27 @@ from jlora.models import decoder
 from kernels_pallas.act_mul import act_mul
 from kernels_pallas.lora_matmul import lora_matmul
 from tests.models.test_decoder_kinds import adapters, run  # noqa: F401
+
+
+def in_two(y):
+    """Two parts whose sum it is."""
+    rest = jnp.linspace(-3, 3, y.shape[1], dtype=jnp.float32)
+    return jnp.stack([y.astype(jnp.float32) - rest, jnp.broadcast_to(rest, y.shape)])
+
+
+def as_on_a_gpu(monkeypatch, model, folders):
+    """What a decoder computes that cuts its work as for a GPU, traced anew."""
+    monkeypatch.setattr(ops, "on_gpu", lambda: True)
+    jax.clear_caches()
+    try:
+        return run(model, folders, 1)
+    finally:
+        jax.clear_caches()
+
+
+def agree(got, want):
+    for ours, theirs in zip(got, want, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -41,19 +63,11 @@ def test_parts_of_a_product_are_summed_wherever_they_go(
         if summed:
             return y
         asked.append(y.shape)
-        rest = jnp.linspace(-3, 3, y.shape[1], dtype=jnp.float32)
-        return jnp.stack([y.astype(jnp.float32) - rest, jnp.broadcast_to(rest, y.shape)])
+        return in_two(y)
 
-    monkeypatch.setattr(ops, "on_gpu", lambda: True)
     monkeypatch.setattr(quant, "lora_matmul", some_parts)
-    jax.clear_caches()
-    try:
-        got = run(model, folders, 1)
-    finally:
-        jax.clear_caches()
+    agree(as_on_a_gpu(monkeypatch, model, folders), want)
     assert bool(asked) == in_parts
-    for ours, theirs in zip(got, want, strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -87,16 +101,8 @@ def test_an_mlp_from_one_launch_stands_for_its_three_steps(
         asked.append(rows.shape)
         both = product(x, gate_up, 0, (down.shape[0],) * 2)
         y = product(act_mul(both, activation=activation).astype(x.dtype), down, 1, down.shape[1:])
-        rest = jnp.linspace(-3, 3, y.shape[1], dtype=jnp.float32)
-        return jnp.stack([y - rest, jnp.broadcast_to(rest, y.shape)])
+        return in_two(y)
 
-    monkeypatch.setattr(ops, "on_gpu", lambda: True)
     monkeypatch.setattr(decoder, "gated_mlp", launch)
-    jax.clear_caches()
-    try:
-        got = run(model, folders, 1)
-    finally:
-        jax.clear_caches()
+    agree(as_on_a_gpu(monkeypatch, model, folders), want)
     assert bool(asked) == at_once
-    for ours, theirs in zip(got, want, strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-3)
