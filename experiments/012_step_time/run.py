@@ -30,7 +30,7 @@ from jlora.engine import sampler
 from jlora.engine.flat_model import FlatModel
 from jlora.engine.steps import KV_AXES, Adapters, Steps
 from jlora.models.weights import abstract_decoder, dummy_weights
-from jlora.planning import DEVICES, floor
+from jlora.planning import DEVICES, floor, prefill
 from jlora.shape import Shape
 from jlora.sharding import Layout, make_mesh, sharding
 from kernels_pallas.gated_mlp import hopper as gated_mlp
@@ -39,6 +39,8 @@ from kernels_pallas.lora_matmul import hopper
 PAGE, RANK_PAGE = 16, 16
 QUEUED = 4
 """Steps whose queueing is timed: later ones wait for the device."""
+PROMPTS = 8
+"""Prompts of a step of prefill."""
 
 
 VARIANTS = {
@@ -65,12 +67,34 @@ def variant(name: str) -> Iterator[None]:
         jax.clear_caches()
 
 
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What steps are about, beside their rows."""
+
+    ranks: list[int]
+    """Of the adapters, in turns."""
+    prefill: list[int]
+    """Tokens of the steps that are prompts and no decode rows."""
+
+    def ranks_of(self, adapters: int) -> list[int]:
+        return [self.ranks[i % len(self.ranks)] for i in range(adapters)]
+
+    def pages_of(self, adapters: int) -> list[int]:
+        """Rank pages of each adapter."""
+        return [-(-rank // RANK_PAGE) for rank in self.ranks_of(adapters)]
+
+    def pages(self, adapters: int) -> int:
+        return sum(self.pages_of(adapters))
+
+
 class Machine:
     """Weights, K/V and rank pages on the device, and what runs on them."""
 
-    def __init__(self, name: str, most_rows: int, contexts: list[int], adapters: int):
+    def __init__(self, name: str, rows: list[int], work: Work, contexts: list[int], adapters: int):
         cfg = shape_config(name)
-        self.table = -(-(max(contexts) + 1) // PAGE)
+        self.work, most_rows = work, max([*rows, PROMPTS])
+        longest = max([*contexts, *(-(-tokens // PROMPTS) for tokens in work.prefill)])
+        self.table = -(-(longest + 1) // PAGE)
         self.mesh, self.layout = make_mesh(1), Layout(cfg, 1)
         dtype = np.dtype(jnp.bfloat16)
         abstract = abstract_decoder(self.layout, dtype, copy_head=False)
@@ -78,7 +102,8 @@ class Machine:
         model = dummy_weights(self.layout, self.mesh, dtype, 0, copy_head=False)
         self.weights = self.flat.leaves(model)
         self.steps = Steps(self.flat, cfg, self.mesh, split=False)
-        pages = RankPages(cfg, self.layout, self.mesh, adapters, dtype, RANK_PAGE)
+        held = work.pages(adapters)
+        pages = RankPages(cfg, self.layout, self.mesh, held, dtype, RANK_PAGE)
         self.pools = [
             {
                 group: jax.tree.map(
@@ -113,19 +138,28 @@ class Machine:
         return self.steps.lower(("whole", shape), adapters, self.kv, self.last)
 
     def batch(self, shape: Shape, context: int, adapters: int) -> np.ndarray:
-        """All rows at position `context`, adapters one after another."""
+        """Decode rows, all at position `context`, or prompts of equal length; adapters one after another."""
         arrays = empty(shape, self.slots - 1)
-        rows = shape.decode
+        rows, length = shape.tokens, 1
         arrays["tokens"][:] = np.random.default_rng(0).integers(1, 1000, rows)
         arrays["positions"][:] = context
-        arrays["slots"][:] = arrays["last"][:] = np.arange(rows)
-        arrays["samples"][:] = 1
         used = context // PAGE + 1
-        arrays["tables"][:, :used] = 1 + np.arange(rows * used).reshape(rows, used)
+        if shape.prefill:
+            length = shape.prefill // PROMPTS
+            arrays["positions"][:] = np.tile(np.arange(length), PROMPTS)
+            used = -(-length // PAGE)
+        sequences, blocks = rows // length, -(-length // shape.block)
+        arrays["slots"][blocks - 1 :: blocks] = np.arange(sequences)
+        arrays["last"][blocks - 1 :: blocks] = np.arange(sequences) * length + length - 1
+        arrays["samples"][blocks - 1 :: blocks] = 1
+        pages = 1 + np.arange(sequences * used).reshape(sequences, used)
+        arrays["tables"][:, :used] = np.repeat(pages, blocks, axis=0)
         if adapters:
-            arrays["adapter"][:] = np.sort(np.arange(rows) % adapters)
-            arrays["pages"][:adapters] = 1 + np.arange(adapters)
-            arrays["owner"][:adapters] = np.arange(adapters)
+            own = np.repeat(np.arange(sequences) % adapters, length)
+            arrays["adapter"][:] = np.sort(own)
+            owner = np.repeat(np.arange(adapters), self.work.pages_of(adapters))
+            arrays["pages"][: len(owner)] = 1 + np.arange(len(owner))
+            arrays["owner"][: len(owner)] = owner
         return pack(shape, arrays)
 
     def run(
@@ -143,14 +177,18 @@ class Machine:
         end = time.perf_counter()
         return (end - begin) / steps * 1e3, (queued - begin) / min(steps, QUEUED) * 1e3
 
-    def floor_ms(self, rows: int, context: int, adapters: int) -> float | None:
-        """Bytes that a step must read, over the bandwidth; None where that was never measured."""
+    def floor_ms(self, shape: Shape, context: int, adapters: int) -> float | None:
+        """Bytes that a decode step must read, over the bandwidth, or products of prompts, over the rate of
+        a large matmul; None where these were never measured."""
         kind = jax.devices()[0].device_kind.lower().split()
         device = next((own for own in DEVICES.values() if own.measured and own.name in kind), None)
         if device is None:
             return None
+        if shape.prefill:
+            return prefill(self.layout.cfg, device, shape.prefill // PROMPTS) * PROMPTS * 1e3
+        rank = statistics.mean(self.work.ranks_of(adapters)) if adapters else 0
         step = floor(
-            self.layout.cfg, device, rows=rows, context=context, active=adapters, rank=RANK_PAGE,
+            self.layout.cfg, device, rows=shape.decode, context=context, active=adapters, rank=rank,
             dtype="bfloat16",
         )  # fmt: skip
         return (step.weights + step.adapters + step.kv) * 1e3
@@ -194,17 +232,19 @@ def measure(
         ms, host = (statistics.median(column) for column in zip(*own, strict=True))
         ratio = statistics.median(b[0] / o[0] for b, o in zip(times[base], own, strict=True))
         steps = [took for took, _ in own]
-        rows = case.shape.decode
+        rows, tokens = case.shape.decode, case.shape.prefill
         row = {
             "rows": rows, "context": context, "adapters": case.adapters, "note": case.note,
+            "ranks": machine.work.ranks, "prefill": tokens,
             "ms": round(ms, 4), "spread": round((max(steps) - min(steps)) / 2 / ms, 4),
             "of_base": round(ratio, 4), "host_ms": round(host, 3),
         }  # fmt: skip
-        line = f"{rows:4d} rows at {context:5d}, {case.adapters:3d} adapters {case.note:6s}: "
+        what = f"{tokens} prompt tokens" if tokens else f"{rows:4d} rows at {context:5d}"
+        line = f"{what}, {case.adapters:3d} adapters {case.note:6s}: "
         line += f"{ms:.3f} ms (±{row['spread']:.1%}), {ratio:.3f} of base, host {host:.2f} ms"
-        if (least := machine.floor_ms(rows, context, case.adapters)) is not None:
+        if (least := machine.floor_ms(case.shape, context, case.adapters)) is not None:
             row["floor_ms"] = round(least, 3)
-            line += f", bytes alone {least:.2f} ms ({least / ms:.2f})"
+            line += f", {'products' if tokens else 'bytes'} alone {least:.2f} ms ({least / ms:.2f})"
         results.append(row)
         print(line, flush=True)
     return results
@@ -229,7 +269,13 @@ def profile(machine: Machine, case: Case, context: int, steps: int = 4) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shape", default="llama-3.1-8b")
-    parser.add_argument("--rows", type=int, nargs="+", default=[8, 32, 64])
+    parser.add_argument("--rows", type=int, nargs="*", default=[8, 32, 64], help="decode rows")
+    parser.add_argument(
+        "--prefill", type=int, nargs="*", default=[], help=f"tokens of {PROMPTS} prompts, steps of their own"
+    )  # fmt: skip
+    parser.add_argument(
+        "--ranks", type=int, nargs="+", default=[RANK_PAGE], help="of the adapters, in turns"
+    )
     parser.add_argument("--contexts", type=int, nargs="+", default=[160])
     parser.add_argument("--adapters", type=int, nargs="+", default=[0, 1, 8, 32])
     parser.add_argument(
@@ -240,15 +286,18 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
-    machine = Machine(args.shape, max(args.rows), args.contexts, max(*args.adapters, 1))
+    work, most = Work(args.ranks, args.prefill), max(*args.adapters, 1)
+    machine = Machine(args.shape, args.rows, work, args.contexts, most)
     kind = jax.devices()[0].device_kind
     results = []
-    for rows in args.rows:
+    for rows, tokens in [(rows, 0) for rows in args.rows] + [(0, n) for n in args.prefill]:
+        counts = [n for n in args.adapters if n <= (PROMPTS if tokens else rows)]
         shapes = {
-            lora: Shape(decode=rows, prefill=0, rank_pages=most, block=64, table=machine.table)
-            for lora, most in ((False, 0), (True, min(rows, max(args.adapters))))
+            lora: Shape(
+                decode=rows, prefill=tokens, rank_pages=pages, block=64, table=machine.table
+            )
+            for lora, pages in ((False, 0), (True, work.pages(max(counts))))
         }
-        counts = [n for n in args.adapters if n <= rows]
         begin = time.perf_counter()
         kinds = [("", n > 0) for n in counts]
         kinds += [(name, n > 0) for name in args.also for n in counts if not (n and name == "xla")]
@@ -264,7 +313,7 @@ def main() -> None:
             for n in counts
             if (name, n > 0) in programs
         ]
-        print(f"{rows} rows compiled in {time.perf_counter() - begin:.0f} s", flush=True)
+        print(f"{rows or tokens} rows compiled in {time.perf_counter() - begin:.0f} s", flush=True)
         for context in args.contexts:
             results += measure(machine, cases, context, args)
         if args.profile:
