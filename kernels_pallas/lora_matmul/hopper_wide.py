@@ -1,10 +1,9 @@
 """The fused LoRA matmul for Hopper with many rows: one launch, `[x | u] @ [w ; B]` (Mosaic GPU).
 
-Persistent blocks of threads: one warpgroup streams tiles into a ring, two multiply 64 rows each. u = x A^T
-costs little beside: in the round in which a row block first occurs, each of its tiles multiplies a
-part of K of a few pages of A too, with the x that it has in shared memory. Parts of K are not
-summed: they are ranks of their own to the expand steps, which come at the end of each tile and wait
-for the row block's counter. Only pages that occur in a row block are multiplied.
+Persistent blocks of threads: one warpgroup streams tiles into a ring, two multiply 64 rows each. First
+they make slices of u = x A^T, each some pages of a row block and a part of K, with the ring's slots for
+tiles of A; nobody waits for the others' before their sums are due, some steps into the first tile of w.
+Expand steps come near the end of each tile. Only pages that occur in a row block are multiplied.
 """
 
 from functools import partial
@@ -14,12 +13,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from kernels_pallas.lora_matmul.hopper_shrink import cdiv
+from kernels_pallas.lora_matmul.hopper_sync import counters
 from kernels_pallas.lora_matmul.hopper_wide_kernel import Wide
 from kernels_pallas.lora_matmul.hopper_wide_tuning import BM, CHUNK, Tuning
 from kernels_pallas.lora_matmul.types import RankPool, Segments
-
-Lists = tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]
-"""ids and places of the pages that each row block uses, their counts, the mask, zeroed counters."""
 
 
 def matmul(
@@ -34,21 +32,23 @@ def matmul(
     interpret: bool = False,
 ) -> Float[Array, "parts T N"]:
     """See hopper.matmul."""
-    rows, block = x.shape[0], BM * config.cluster
-    padded = -(-rows // block) * block
-    tiles = padded // BM * sum(part_sizes) // config.bn * config.split
-    if config.split > 1 and tiles > sms:
-        raise NotImplementedError(f"{tiles} tiles for {sms} SMs: parts of K wait for one another")
-    lists = page_lists(segments, padded, block)
+    rows, stack = x.shape[0], BM * config.cluster
+    padded = -(-rows // stack) * stack
+    lists = page_lists(segments, padded)
+    units = work_units(lists[2], len(segments.pages), config.group(len(part_sizes)))
     x = jnp.pad(x, ((0, padded - rows), (0, 0)))
     y = _launch(
-        x, w, pool.a, pool.b, *lists, part_sizes=part_sizes, t=config, sms=sms, interpret=interpret
-    )
+        x, w, pool.a, pool.b, *lists, *units, counters(lists[2][0]),
+        part_sizes=part_sizes, t=config, sms=sms, interpret=interpret,
+    )  # fmt: skip
     return y[:, :rows]
 
 
-def page_lists(segments: Segments, rows: int, block: int) -> Lists:
-    """What each row block uses. The same for all layers: XLA computes it once a step."""
+def page_lists(
+    segments: Segments, rows: int, block: int = BM
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """ids and places of the pages that each row block uses, their counts, the mask. The same for all
+    layers: XLA computes it once a step."""
     pages, owner = segments.pages, segments.owner
     adapter = jnp.pad(segments.adapter, (0, rows - len(segments.adapter)), constant_values=-1)
     mask = (owner[:, None] == adapter) & (adapter >= 0) & (owner[:, None] >= 0)
@@ -61,10 +61,20 @@ def page_lists(segments: Segments, rows: int, block: int) -> Lists:
     index = jnp.sum(jnp.where(here, jnp.arange(len(pages)), 0), axis=2, dtype=jnp.int32)
     counts = order[:, -1].astype(jnp.int32)
     index = jnp.where(places - 1 < counts[:, None], index, len(pages))
-    mask = jnp.pad(mask, ((0, 1), (0, 0))).astype(jnp.float32)
-    # Zeros that XLA cannot fold into a constant: the kernel writes them (and puts them back).
-    sync = jnp.minimum(jnp.broadcast_to(counts[:, None], (len(counts), 8)), 0)
-    return ids, index, counts, mask, sync
+    return ids, index, counts, jnp.pad(mask, ((0, 1), (0, 0))).astype(jnp.float32)
+
+
+def work_units(
+    counts: Int[Array, " blocks"], pages: int, group: int
+) -> tuple[Int[Array, "2 most"], Int[Array, "1"]]:
+    """What is to be shrunk, and how much that is: row blocks and groups of up to `group` of their pages."""
+    groups = cdiv(counts, group)
+    ends = jnp.cumsum(groups)
+    unit = jnp.arange(max(1, len(counts) * -(-pages // group)), dtype=jnp.int32)
+    before = unit[:, None] >= ends  # [units, row blocks]
+    m = jnp.minimum(jnp.sum(before, axis=1, dtype=jnp.int32), len(counts) - 1)
+    g = unit - jnp.sum(jnp.where(before, groups, 0), axis=1, dtype=jnp.int32)
+    return jnp.stack([m, g]), ends[-1:].astype(jnp.int32)
 
 
 @partial(jax.jit, static_argnames=("part_sizes", "t", "sms", "interpret"))
@@ -77,7 +87,9 @@ def _launch(
     index: Int[Array, "blocks places"],
     counts: Int[Array, " blocks"],
     mask: Float[Array, "Pa+1 T"],
-    sync: Int[Array, "blocks 8"],
+    units: Int[Array, "2 most"],
+    total: Int[Array, "1"],
+    sync: Int[Array, " words"],
     *,
     part_sizes: tuple[int, ...],
     t: Tuning,
@@ -88,10 +100,12 @@ def _launch(
         rows=x.shape[0], width=x.shape[1], part_sizes=part_sizes, pages=mask.shape[0] - 1,
         t=t, sms=sms, dtype=jnp.dtype(x.dtype),
     )  # fmt: skip
-    y, u = k.out_types()
-    args: tuple[Any, ...] = (x, w, a, b, ids, index, counts, mask, sync)
+    y, u, p = k.out_types()
+    args: tuple[Any, ...] = (x, w, a, b, ids, index, counts, mask, units, total, sync)
     if not interpret:
-        return k.call("all", (y, u), args)[0]
+        return k.call("all", (y, u, p), args)[0]
     # The interpreter has no counters that blocks can wait on: one launch a phase.
-    (u,) = k.call("shrink", (u,), args, interpret)
+    whole, slices = k.call("shrink", (u, p), args, interpret)
+    (summed,) = k.call("sum", (u,), (*args, slices), interpret)
+    u = jnp.where(k.slices(total[0]) > 1, summed, whole)
     return k.call("multiply", (y,), (*args, u), interpret)[0]

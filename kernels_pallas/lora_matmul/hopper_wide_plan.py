@@ -1,4 +1,4 @@
-"""Which block of threads does what in the Hopper kernel for many rows: tiles of y, and the shrink."""
+"""Which block of threads does what in the Hopper kernel for many rows: units of the shrink, tiles of y."""
 
 import dataclasses
 from typing import Any
@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from kernels_pallas.lora_matmul.hopper_wide_tuning import BK, BM, CHUNK, WGS, Tuning
+from kernels_pallas.lora_matmul.hopper_shrink import cdiv
+from kernels_pallas.lora_matmul.hopper_wide_tuning import BK, BM, CHUNK, MOST_SLICES, WGS, Tuning
 from kernels_pallas.lora_matmul.types import PAGE
 
 
@@ -23,69 +24,67 @@ class Refs:
     places: Any
     counts: Any
     mask: Any
+    units: Any
+    total: Any
     sync: Any
     y: Any
     u: Any
+    p: Any
     xs: Any
     ws: Any
-    ys: Any
     sa: Any
+    ys: Any
     full: Any
+    full_shrink: Any
     full_expand: Any
     empty: Any
-    full_a: Any
-    empty_a: Any
-    sa_free: Any
-    sa_done: Any
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Unit:
+    """Some pages of one row block, and a part of K."""
+
+    there: jax.Array
+    """Blocks of a cluster take equally many; one of them may have none left."""
+    number: jax.Array
+    """Its place among all slices."""
+    m: jax.Array
+    """Row block."""
+    g: jax.Array
+    """Group of pages."""
+    q: jax.Array
+    """Part of K."""
+    slices: jax.Array
+    """Parts of K."""
+    steps: jax.Array
+    """K steps."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tile:
-    """One tile of y, and its share of the shrink."""
+    """One tile of y."""
 
+    there: jax.Array
+    """A worker without any has one that takes no steps."""
     m: jax.Array
     """Row block."""
     c: jax.Array
     """Column tile."""
     s: jax.Array
     """Part of K."""
-    row: jax.Array
-    """First row of this block of threads."""
-    count: jax.Array
-    """Pages that the row block uses."""
-    slices: jax.Array
-    """Parts of this K range whose shrinks stay apart: 1, 2 or 4."""
-    start: jax.Array
-    """First K step; the others follow and wrap."""
-    first: jax.Array
-    """This tile's first page in the row block's list."""
-    stride: jax.Array
-    """Distance to its next."""
-    q: jax.Array
-    """Which slice it shrinks."""
-    steps: jax.Array
-    """K steps that it shrinks: its first ones. 0: none."""
-    passes: jax.Array
-    """How often it goes over them: each time takes `group` pages."""
+    chunks: jax.Array
+    """Expand steps that its row block has, over all parts of K."""
     expands: jax.Array
-    """Expand steps."""
-    signals: jax.Array
-    """How often the row block is signalled before its u is whole."""
-    last: jax.Array
-    """Where the row block's counter wraps to zero."""
-    shrinks: jax.Array
-    """Whether this tile signals."""
+    """Expand steps that it takes: in a cluster as many as its neighbour."""
     before: jax.Array
     """K steps before the expand steps."""
-    pages: jax.Array
-    """Its pages."""
-    places: jax.Array
-    """Its pages and its share of what fills them up."""
+    after: jax.Array
+    """K steps after them."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Static facts of one launch, and the tiles of each worker: a block of threads, or a cluster."""
+    """Static facts of one launch, and the work of each worker: a block of threads, or a cluster."""
 
     rows: int
     width: int
@@ -100,13 +99,8 @@ class Plan:
         return len(self.part_sizes)
 
     @property
-    def block(self) -> int:
-        """Rows that share a list of pages: those of a cluster."""
-        return BM * self.t.cluster
-
-    @property
     def row_blocks(self) -> int:
-        return self.rows // self.block
+        return self.rows // BM
 
     @property
     def columns(self) -> int:
@@ -117,89 +111,111 @@ class Plan:
         return self.sms // self.t.cluster
 
     @property
+    def blocks(self) -> int:
+        """Blocks of threads."""
+        return self.workers * self.t.cluster
+
+    @property
     def steps(self) -> int:
         """K steps of one tile."""
         return self.width // BK // self.t.split
 
     @property
+    def tiles(self) -> int:
+        """Of all workers: a cluster's tiles lie one above the other."""
+        return self.columns * self.t.split * self.row_blocks // self.t.cluster
+
+    @property
     def depth(self) -> int:
         """Most rank pages' worth of u that a row has."""
-        most = max(4 * self.t.quarters, 2 * self.t.halves, self.pages + CHUNK) * self.t.split
-        return -(-most // CHUNK) * CHUNK
+        return -(-self.pages // CHUNK) * CHUNK
+
+    @property
+    def group(self) -> int:
+        """Pages that share a read of x."""
+        return self.t.group(self.parts)
 
     @property
     def a_rows(self) -> int:
-        """Rows of A in one step."""
-        return self.t.group * self.parts * PAGE
-
-    @property
-    def shared(self) -> bool:
-        """Whether tiles of A lie where tiles of y wait to be stored."""
-        rows = WGS * self.t.out_buffers * 64
-        fits = self.t.a_stages * self.a_rows <= rows and self.t.out_columns == BK
-        return fits and self.t.split == 1
+        """Rows of A in one step of a unit."""
+        return self.group * self.parts * PAGE
 
     @property
     def out_dtype(self) -> Any:
         return self.dtype if self.t.split == 1 else jnp.dtype(jnp.float32)
 
-    def tiles_of_worker(self) -> jax.Array:
-        total = self.columns * self.t.split * self.row_blocks
-        return (total - lax.axis_index("worker") + self.workers - 1) // self.workers
+    # The shrink: units are dealt from the last block on, which has the fewest tiles.
 
-    def tile(self, counts: Any, i: jax.Array) -> Tile:
-        """Row blocks go in groups whose x stays in L2 while the columns pass by. The tiles of a
-        row block that come in the round in which it first occurs share its shrink."""
-        t, number = self.t, jnp.int32
-        index = lax.axis_index("worker") + i * self.workers
-        each = t.span * self.columns * t.split
-        group = index // each
-        height = lax.min(number(t.span), self.row_blocks - group * t.span)
-        index = index - group * each
-        s = index // (height * self.columns)
-        base = group * each + s * height * self.columns
-        index = index - s * height * self.columns
-        c = index // height
-        local = index - c * height
-        m = group * t.span + local
-        begin = base + local
-        end = (begin // self.workers + 1) * self.workers
-        near = lax.min(number(self.columns), (end - begin + height - 1) // height)
-        quarters = self.steps % 4 == 0
-        fours = (near >= 4) if quarters else (near < 0)
-        near = jnp.where(fours, near // 4 * 4, near)
-        mine, c4 = c < near, lax.rem(c, number(4))
-        count = counts[m]
-        slices = jnp.where(count <= t.quarters, 4, jnp.where(count <= t.halves, 2, 1))
-        slices = jnp.where(fours, slices, 1)
-        start = jnp.where(fours & mine, c4 * (self.steps // 4), 0)
-        first = jnp.where(
-            slices == 4, c // 4, jnp.where(slices == 2, c // 4 * 2 + lax.rem(c, number(2)), c)
-        )
-        q = jnp.where(slices == 4, c4, jnp.where(slices == 2, c4 // 2, 0))
-        whole = lax.max(CHUNK // (slices * t.split), number(1))
-        padded = (count + whole - 1) // whole * whole
-        stride = near // slices
+    def slices(self, total: jax.Array) -> jax.Array:
+        """Parts of K, such that all blocks have work and none has two units; 1: u needs no sum."""
+        steps, slices, more = self.width // BK, jnp.int32(1), 2
+        while more <= MOST_SLICES and steps % more == 0:
+            slices = jnp.where(total * more <= self.blocks, jnp.int32(more), slices)
+            more *= 2
+        return slices
 
-        def share(places: jax.Array) -> jax.Array:
-            return jnp.where(mine, lax.max((places - first + stride - 1) // stride, 0), 0)
+    def rank(self) -> jax.Array:
+        """This block of threads, counted from the last."""
+        last = jnp.int32(self.workers - 1) - lax.axis_index("worker")
+        if self.t.cluster == 1:
+            return last
+        return last * self.t.cluster + lax.axis_index("pair")
 
-        passes = (share(count) + t.group - 1) // t.group
-        steps = jnp.where(passes > 0, self.steps // slices, 0)
-        chunks = padded * slices * t.split // CHUNK
-        signals = near * t.split * WGS * t.cluster
-        row = m * self.block
-        if t.cluster > 1:
-            row = row + lax.axis_index("pair") * BM
-        return Tile(
-            m=m, c=c, s=s, row=row, count=count, slices=slices, start=start, first=first,
-            stride=stride, q=q, passes=passes, steps=steps,
-            expands=lax.max((chunks - s + t.split - 1) // t.split, 0),
-            signals=signals, last=signals + self.columns * t.split * t.cluster - 1,
-            shrinks=mine & (count > 0), before=lax.max(number(self.steps - t.tail), steps),
-            pages=share(count), places=share(padded),
+    def units_of_worker(self, total: jax.Array) -> jax.Array:
+        first = (self.workers - 1 - lax.axis_index("worker")) * self.t.cluster
+        return lax.max((total * self.slices(total) - first + self.blocks - 1) // self.blocks, 0)
+
+    def unit(self, units: Any, total: jax.Array, i: jax.Array) -> Unit:
+        slices = self.slices(total)
+        number = self.rank() + i * self.blocks
+        index = lax.min(number, total * slices - 1)
+        unit = index // slices
+        return Unit(
+            there=number < total * slices, number=index, m=units[0, unit], g=units[1, unit],
+            q=index - unit * slices, slices=slices, steps=self.width // BK // slices,
         )  # fmt: skip
 
-    def page(self, k: Tile, p: Any, g: int) -> jax.Array:
-        """The place in its row block's list of page g of the tile's pass p."""
-        return k.first + (p * self.t.group + g) * k.stride
+    def writers(self, total: jax.Array) -> jax.Array:
+        """Warpgroups that make slices."""
+        return lax.min(total * self.slices(total), jnp.int32(self.blocks)) * WGS
+
+    def pieces(self, total: jax.Array) -> jax.Array:
+        """Sums of slices, each a page's rows of one warpgroup for one part."""
+        pieces = total * (WGS * self.group * self.parts)
+        return jnp.where(self.slices(total) > 1, pieces, 0)
+
+    def summers(self, total: jax.Array) -> jax.Array:
+        """Warpgroups that sum."""
+        return lax.min(self.pieces(total), jnp.int32(self.blocks * WGS))
+
+    # Tiles of y.
+
+    def tiles_of_worker(self) -> jax.Array:
+        return (self.tiles - lax.axis_index("worker") + self.workers - 1) // self.workers
+
+    def tile(self, counts: Any, i: jax.Array) -> Tile:
+        """Row blocks go in groups whose x stays in L2 while the columns pass by."""
+        t, number = self.t, jnp.int32
+        index = lax.axis_index("worker") + i * self.workers
+        there = index < self.tiles
+        index = lax.min(index, number(self.tiles - 1))
+        stacks = self.row_blocks // t.cluster
+        each = t.span * self.columns * t.split
+        group = index // each
+        height = lax.min(number(t.span), stacks - group * t.span)
+        index = index - group * each
+        s = index // (height * self.columns)
+        index = index - s * height * self.columns
+        c = index // height
+        stack = group * t.span + index - c * height
+        chunks = [cdiv(counts[stack * t.cluster + j], CHUNK) for j in range(t.cluster)]
+        own, most = chunks[0], chunks[0]
+        m = stack
+        if t.cluster > 1:
+            m = stack * t.cluster + lax.axis_index("pair")
+            own, most = cdiv(counts[m], CHUNK), lax.max(*chunks)
+        expands = lax.max(cdiv(most - s, t.split), 0)
+        return Tile(
+            there=there, m=m, c=c, s=s, chunks=own, expands=jnp.where(there, expands, 0),
+            before=jnp.where(there, self.steps - t.tail, 0), after=jnp.where(there, t.tail, 0),
+        )  # fmt: skip

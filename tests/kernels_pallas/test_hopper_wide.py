@@ -13,7 +13,7 @@ import pytest
 
 from kernels_pallas import testing
 from kernels_pallas.lora_matmul import Segments, hopper
-from kernels_pallas.lora_matmul.hopper_wide import page_lists
+from kernels_pallas.lora_matmul.hopper_wide import page_lists, work_units
 from kernels_pallas.lora_matmul.hopper_wide_tuning import (
     BK,
     CHUNK,
@@ -25,7 +25,7 @@ from kernels_pallas.lora_matmul.hopper_wide_tuning import (
 from kernels_pallas.lora_matmul.shapes import LLAMA_8B
 from tests.kernels_pallas.test_hopper import case, interpreted
 
-SMALL = Tuning(bn=64, stages=2, tail=1, early=1, a_stages=2)
+SMALL = Tuning(bn=64, stages=2, tail=1, early=1)
 SPLIT = dataclasses.replace(SMALL, split=2, out_columns=32)
 
 
@@ -34,11 +34,11 @@ SPLIT = dataclasses.replace(SMALL, split=2, out_columns=32)
     ("group", "count", "name", "rank", "config", "blocks"),
     [
         ("qkv", 130, "uniform", 16, SMALL, 2),
-        ("gate_up", 128, "zipf", None, dataclasses.replace(SMALL, group=2), 4),
+        ("gate_up", 128, "zipf", None, dataclasses.replace(SMALL, bn=128), 40),
         ("down", 128, "uniform", 16, SPLIT, 2),
         ("qkv", 300, "identical", 16, dataclasses.replace(SMALL, overlap=True, span=2), 3),
     ],
-    ids=["few tiles a round", "many pages", "split K", "stores beside the next tile"],
+    ids=["K whole", "many slices", "split K", "stores beside the next tile"],
 )
 def test_interpreted_kernel_matches_float64(
     group: str, count: int, name: str, rank: int | None, config: Tuning, blocks: int
@@ -77,14 +77,13 @@ def test_page_lists_hold_the_pages_that_occur_in_a_row_block() -> None:
         owner=jnp.asarray([0, 0, 1, -1]),
         adapter=jnp.asarray([-1] * 4 + [0] * 4 + [1] * 6),
     )
-    ids, places, counts, mask, sync = (np.asarray(v) for v in page_lists(segs, 16, 4))
+    ids, places, counts, mask = (np.asarray(v) for v in page_lists(segs, 16, 4))
     assert counts.tolist() == [0, 2, 1, 1]
     assert [row[:3].tolist() for row in ids] == [[0, 0, 0], [7, 8, 0], [3, 0, 0], [3, 0, 0]]
     assert ids.shape == (4, 4 + CHUNK)
     used = [mask[place] for place in places[1]]
     assert [np.flatnonzero(rows).tolist() for rows in used[:3]] == [[4, 5, 6, 7]] * 2 + [[]]
     assert mask[places[3, 0]].tolist() == [0.0] * 8 + [1.0] * 6 + [0.0] * 2
-    assert not sync.any()
 
 
 @pytest.mark.parametrize("rows", [136, 256, 512, 2048, 2304, 8192])
@@ -92,12 +91,18 @@ def test_page_lists_hold_the_pages_that_occur_in_a_row_block() -> None:
 def test_tiles_fit_shared_memory_and_divide_the_shape(rows: int, group: str) -> None:
     width, parts = LLAMA_8B[group]
     t = tuning(rows, width, parts, 132)
-    assert shared_bytes(t, len(parts)) <= SHARED_BYTES
+    assert shared_bytes(t) <= SHARED_BYTES
     assert all(size % t.bn == 0 for size in parts)
     assert width % (BK * t.split) == 0
     assert t.tail + t.bn // t.out_columns <= width // BK // t.split
-    if t.split > 1:  # all parts of a tile must run at once: they wait for one another
-        assert sum(parts) // t.bn * t.split * -(-rows // 128) <= 132
+    assert t.group(len(parts)) * len(parts) * 16 <= t.bn
+
+
+def test_every_group_of_pages_of_a_row_block_is_a_unit():
+    counts = jnp.asarray([3, 0, 1, 4])
+    units, total = work_units(counts, pages=5, group=2)
+    assert units[:, : int(total[0])].T.tolist() == [[0, 0], [0, 1], [2, 0], [3, 0], [3, 1]]
+    assert units.shape == (2, 4 * 3)
 
 
 def test_a_part_that_no_tile_divides_is_refused_with_the_reason() -> None:
