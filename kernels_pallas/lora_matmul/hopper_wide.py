@@ -1,9 +1,10 @@
 """The fused LoRA matmul for Hopper with many rows: one launch, `[x | u] @ [w ; B]` (Mosaic GPU).
 
-Persistent blocks of threads: one warpgroup streams tiles into a ring, two multiply 64 rows each. First
-they make slices of u = x A^T, each some pages of a row block and a part of K, with the ring's slots for
-tiles of A; nobody waits for the others' before their sums are due, some steps into the first tile of w.
-Expand steps come near the end of each tile. Only pages that occur in a row block are multiplied.
+Persistent blocks of threads: one warpgroup streams tiles into a ring, two multiply 64 rows each. Beside
+their first tile of w they make slices of u = x A^T, each some pages of a row block and a part of K, with
+the ring's slots for tiles of A. When all are there they are summed, by a warpgroup of its own where the
+registers allow one. Expand steps come near the end of each tile, and wait for the sums. Only pages that
+occur in a row block are multiplied.
 """
 
 from functools import partial
@@ -17,7 +18,7 @@ from kernels_pallas.lora_matmul.hopper_shrink import cdiv
 from kernels_pallas.lora_matmul.hopper_sync import counters
 from kernels_pallas.lora_matmul.hopper_wide_kernel import Wide
 from kernels_pallas.lora_matmul.hopper_wide_tuning import BM, CHUNK, Tuning
-from kernels_pallas.lora_matmul.types import RankPool, Segments
+from kernels_pallas.lora_matmul.types import PAGE, RankPool, Segments
 
 
 def matmul(
@@ -35,10 +36,10 @@ def matmul(
     rows, stack = x.shape[0], BM * config.cluster
     padded = -(-rows // stack) * stack
     lists = page_lists(segments, padded)
-    units = work_units(lists[2], len(segments.pages), config.group(len(part_sizes)))
+    work = shrink_work(lists[2], len(segments.pages), config.group(len(part_sizes)))
     x = jnp.pad(x, ((0, padded - rows), (0, 0)))
     y = _launch(
-        x, w, pool.a, pool.b, *lists, *units, counters(lists[2][0]),
+        x, w, pool.a, pool.b, *lists, *work, counters(lists[2][0]),
         part_sizes=part_sizes, t=config, sms=sms, interpret=interpret,
     )  # fmt: skip
     return y[:, :rows]
@@ -64,17 +65,26 @@ def page_lists(
     return ids, index, counts, jnp.pad(mask, ((0, 1), (0, 0))).astype(jnp.float32)
 
 
-def work_units(
+def shrink_work(
     counts: Int[Array, " blocks"], pages: int, group: int
-) -> tuple[Int[Array, "2 most"], Int[Array, "1"]]:
-    """What is to be shrunk, and how much that is: row blocks and groups of up to `group` of their pages."""
-    groups = cdiv(counts, group)
-    ends = jnp.cumsum(groups)
-    unit = jnp.arange(max(1, len(counts) * -(-pages // group)), dtype=jnp.int32)
-    before = unit[:, None] >= ends  # [units, row blocks]
+) -> tuple[Int[Array, "2 units"], Int[Array, "3 sums"], Int[Array, "2"]]:
+    """What is to be shrunk: row blocks and groups of up to `group` of their pages. What is to be
+    summed: row blocks, their pages and those pages' units. How much of both."""
+    m, g, units = _listed(cdiv(counts, group), -(-pages // group))
+    of, place, sums = _listed(counts, pages)
+    before = jnp.arange(len(counts)) < of[:, None]
+    unit = jnp.sum(jnp.where(before, cdiv(counts, group), 0), axis=1) + place // group
+    return jnp.stack([m, g]), jnp.stack([of, place, unit]), jnp.stack([units, sums])
+
+
+def _listed(counts: jax.Array, most: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """counts[m] numbers from zero for each m, one after another: m, number; how many."""
+    ends = jnp.cumsum(counts)
+    index = jnp.arange(max(1, len(counts) * most), dtype=jnp.int32)
+    before = index[:, None] >= ends
     m = jnp.minimum(jnp.sum(before, axis=1, dtype=jnp.int32), len(counts) - 1)
-    g = unit - jnp.sum(jnp.where(before, groups, 0), axis=1, dtype=jnp.int32)
-    return jnp.stack([m, g]), ends[-1:].astype(jnp.int32)
+    number = index - jnp.sum(jnp.where(before, counts, 0), axis=1, dtype=jnp.int32)
+    return m, number, ends[-1]
 
 
 @partial(jax.jit, static_argnames=("part_sizes", "t", "sms", "interpret"))
@@ -87,8 +97,9 @@ def _launch(
     index: Int[Array, "blocks places"],
     counts: Int[Array, " blocks"],
     mask: Float[Array, "Pa+1 T"],
-    units: Int[Array, "2 most"],
-    total: Int[Array, "1"],
+    units: Int[Array, "2 units"],
+    sums: Int[Array, "3 sums"],
+    totals: Int[Array, "2"],
     sync: Int[Array, " words"],
     *,
     part_sizes: tuple[int, ...],
@@ -101,11 +112,12 @@ def _launch(
         t=t, sms=sms, dtype=jnp.dtype(x.dtype),
     )  # fmt: skip
     y, u, p = k.out_types()
-    args: tuple[Any, ...] = (x, w, a, b, ids, index, counts, mask, units, total, sync)
+    args: tuple[Any, ...] = (x, w, a, b, ids, index, counts, mask, units, sums, totals, sync)
     if not interpret:
         return k.call("all", (y, u, p), args)[0]
     # The interpreter has no counters that blocks can wait on: one launch a phase.
     whole, slices = k.call("shrink", (u, p), args, interpret)
     (summed,) = k.call("sum", (u,), (*args, slices), interpret)
-    u = jnp.where(k.slices(total[0]) > 1, summed, whole)
+    used = jnp.arange(u.shape[-1]) // PAGE < counts[:, None, None, None]
+    u = jnp.where(used & (k.slices(totals[0]) > 1), summed, whole)
     return k.call("multiply", (y,), (*args, u), interpret)[0]

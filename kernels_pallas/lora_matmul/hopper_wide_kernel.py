@@ -13,12 +13,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from kernels_pallas.lora_matmul import hopper_wide_shrink
 from kernels_pallas.lora_matmul.hopper_shrink import ACC
 from kernels_pallas.lora_matmul.hopper_sync import interpreter, meet, signal
-from kernels_pallas.lora_matmul.hopper_wide_plan import Plan, Refs
+from kernels_pallas.lora_matmul.hopper_wide_plan import SLICES_THERE, U_THERE, Plan, Refs
 from kernels_pallas.lora_matmul.hopper_wide_produce import produce
 from kernels_pallas.lora_matmul.hopper_wide_tuning import BK, BM, CHUNK, WGS
 from kernels_pallas.lora_matmul.types import PAGE
 
-INPUTS = 11
+INPUTS = 12
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,7 +77,7 @@ class Wide(Plan):
             out_type=out,
             grid=(self.workers,),
             grid_names=("worker",),
-            num_threads=WGS + 1,
+            num_threads=WGS + len(self.registers) - 1,
             thread_name="wg",
             scratch_types=scratch,
             compiler_params=plgpu.CompilerParams(),
@@ -106,24 +106,33 @@ class Wide(Plan):
 
         @pl.when(wg == WGS)
         def _() -> None:
-            plgpu.set_max_registers(24, action="decrease")
+            plgpu.set_max_registers(self.registers[1], action="decrease")
             if phase != "sum":
                 produce(self, phase, r)
 
+        if self.summing == 1:
+
+            @pl.when(wg == WGS + 1)
+            def _() -> None:
+                plgpu.set_max_registers(self.registers[2], action="decrease")
+                if phase in ("all", "sum"):
+                    self.sum(phase, r, self.rank())
+
         @pl.when(wg < WGS)
         def _() -> None:
-            plgpu.set_max_registers(240, action="increase")
-            if phase == "sum":
-                hopper_wide_shrink.sums(self, r, r.total[0])
-            else:
+            plgpu.set_max_registers(self.registers[0], action="increase")
+            if phase != "sum":
                 self.multiply(phase, r)
+            elif self.summing > 1:
+                self.sum(phase, r, self.rank() * WGS + wg)
 
     # The warpgroups that multiply: 64 rows each.
 
     def multiply(self, phase: str, r: Refs) -> None:
-        """Consume the ring: units of the shrink, then tiles."""
-        t, total, n = self.t, r.total[0], jnp.int32(0)
-        lanes = pl.ds(lax.axis_index("wg") * 64, 64)
+        """Consume the ring: tiles, and beside a block's first tile its units of the shrink."""
+        t, units, wg = self.t, r.totals[0], lax.axis_index("wg")
+        lanes = pl.ds(wg * 64, 64)
+        first = () if phase == "multiply" else hopper_wide_shrink.unit(self, r, 0)
 
         def release(n: jax.Array) -> None:
             plgpu.barrier_arrive(r.empty.at[lax.rem(n, jnp.int32(t.stages))])
@@ -162,16 +171,27 @@ class Wide(Plan):
             for j in range(t.bn // t.out_columns):
                 self.store_y(r, before, j)
 
+        def shrink(now: jax.Array, n: jax.Array) -> jax.Array:
+            count = jnp.where(now, self.units_of_worker(units), 0)
+            n = hopper_wide_shrink.slices(self, r, first, count, n, release)
+            if phase == "all":
+                pl.when(now & self.has_unit(units, 0))(partial(self.announce, r))
+            return n
+
         def one_tile(i: jax.Array, carry: Any) -> Any:
             n, *last = carry
             k = self.tile(r.counts, i)
 
             def accumulate(acc: Any) -> Any:
                 at, done = n, jnp.int32(0)
-                if phase == "all":  # the slices of others are there by now
-                    done = jnp.where(i == 0, lax.min(jnp.int32(t.alone), k.before), 0)
+                if phase == "all":
+                    done = jnp.where(i == 0, k.alone, 0)
                     at = consume(acc, r.full, done, at)
-                    pl.when((i == 0) & (total > 0))(partial(self.sum, r, total))
+                    if self.summing == 1:
+                        at = shrink(i == 0, at)
+                    else:  # the slices of others are there by now
+                        index = self.rank() * WGS + wg
+                        pl.when(i == 0)(partial(self.sum, phase, r, index))
                 if t.overlap:
                     again = (i > 0).astype(jnp.int32)
                     at = lax.fori_loop(0, again, lambda _, at: begin(acc, last, at), at)
@@ -188,47 +208,47 @@ class Wide(Plan):
             pl.when(k.there)(partial(flush, y))
             return (n,)
 
-        if phase in ("all", "shrink"):
-            n = hopper_wide_shrink.slices(self, r, total, n, release)
-        if phase == "all":
-            mine = (total > 0) & (self.rank() < total * self.slices(total))
-            pl.when(mine)(partial(self.announce, r, total))
+        tiles, zero = self.tiles_of_worker(), jnp.int32(0)
+        n = zero
+        if phase == "shrink" or (phase == "all" and self.summing > 1):
+            n = shrink(jnp.bool_(True), n)
         if phase == "shrink":
             return
-        tiles, zero = self.tiles_of_worker(), jnp.int32(0)
         carry: Any = (n,)
         if t.overlap:
             nothing = jnp.zeros((64, t.bn), self.out_dtype)
             carry = (n, zero, zero, zero, plgpu.layout_cast(nothing, plgpu.Layout.WGMMA))
-        least = 1 if phase == "all" else 0  # a block without a tile sums, too
+        least = 1 if phase == "all" else 0  # a block without a tile may have units
         _, *last = lax.fori_loop(0, lax.max(tiles, jnp.int32(least)), one_tile, carry)
         if last:
             pl.when(tiles > 0)(partial(flush, last))
         plgpu.wait_smem_to_gmem(0, wait_read_only=False)
 
-    def announce(self, r: Refs, total: jax.Array) -> None:
+    def announce(self, r: Refs) -> None:
         """This warpgroup's slices are there, or its part of u."""
-        writers, summers = self.writers(total), self.summers(total)
+        writers, summers = self.writers(r.totals), self.summers(r.totals)
 
         @pl.when(summers > 0)
         def _() -> None:
-            signal(r.sync.at[pl.ds(0, 8)], writers + summers - 1)
+            signal(r.sync.at[SLICES_THERE], writers + summers - 1)
 
         @pl.when(summers == 0)
         def _() -> None:
-            waiting = min(self.tiles, self.workers) * self.t.cluster
-            signal(r.sync.at[pl.ds(8, 8)], writers + waiting - 1)
+            signal(r.sync.at[U_THERE], writers + self.readers - 1)
 
-    def sum(self, r: Refs, total: jax.Array) -> None:
-        """This warpgroup's sums, once all slices are there."""
-        writers, summers = self.writers(total), self.summers(total)
+    def sum(self, phase: str, r: Refs, index: jax.Array) -> None:
+        """What the warpgroup of that number among those that sum has to sum."""
+        writers, summers = self.writers(r.totals), self.summers(r.totals)
 
-        @pl.when(self.rank() * WGS + lax.axis_index("wg") < summers)
+        def wait() -> None:
+            if phase == "all":
+                meet(r.sync.at[SLICES_THERE], writers, writers + summers - 1)
+
+        @pl.when(index < summers)
         def _() -> None:
-            meet(r.sync.at[pl.ds(0, 8)], writers, writers + summers - 1)
-            hopper_wide_shrink.sums(self, r, total)
-            waiting = min(self.tiles, self.workers) * self.t.cluster
-            signal(r.sync.at[pl.ds(8, 8)], summers + waiting - 1)
+            hopper_wide_shrink.sums(self, r, index, wait)
+            if phase == "all":
+                signal(r.sync.at[U_THERE], summers + self.readers - 1)
 
     def store_y(self, r: Refs, y: Any, j: int) -> None:
         """Some columns of a tile, through shared memory."""

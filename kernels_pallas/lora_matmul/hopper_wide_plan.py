@@ -6,10 +6,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
 
 from kernels_pallas.lora_matmul.hopper_shrink import cdiv
 from kernels_pallas.lora_matmul.hopper_wide_tuning import BK, BM, CHUNK, MOST_SLICES, WGS, Tuning
 from kernels_pallas.lora_matmul.types import PAGE
+
+SLICES_THERE, U_THERE = pl.ds(0, 8), pl.ds(8, 8)
+"""Counters in Refs.sync."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,7 +29,8 @@ class Refs:
     counts: Any
     mask: Any
     units: Any
-    total: Any
+    sums: Any
+    totals: Any
     sync: Any
     y: Any
     u: Any
@@ -38,26 +43,6 @@ class Refs:
     full_shrink: Any
     full_expand: Any
     empty: Any
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Unit:
-    """Some pages of one row block, and a part of K."""
-
-    there: jax.Array
-    """Blocks of a cluster take equally many; one of them may have none left."""
-    number: jax.Array
-    """Its place among all slices."""
-    m: jax.Array
-    """Row block."""
-    g: jax.Array
-    """Group of pages."""
-    q: jax.Array
-    """Part of K."""
-    slices: jax.Array
-    """Parts of K."""
-    steps: jax.Array
-    """K steps."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,6 +61,10 @@ class Tile:
     """Expand steps that its row block has, over all parts of K."""
     expands: jax.Array
     """Expand steps that it takes: in a cluster as many as its neighbour."""
+    alone: jax.Array
+    """K steps of a block's first tile before its units of the shrink, or its sums."""
+    early: jax.Array
+    """K steps before whoever loads waits for u."""
     before: jax.Array
     """K steps before the expand steps."""
     after: jax.Array
@@ -144,13 +133,25 @@ class Plan:
     def out_dtype(self) -> Any:
         return self.dtype if self.t.split == 1 else jnp.dtype(jnp.float32)
 
-    # The shrink: units are dealt from the last block on, which has the fewest tiles.
+    @property
+    def registers(self) -> tuple[int, ...]:
+        """Of the warpgroups that multiply, load and (if there is one) sum: they share 64 K of them, and
+        four start with 128 each, which is not enough for 64 x 256 accumulators."""
+        return (240, 24) if self.t.bn > 128 else (184, 40, 96)
 
-    def slices(self, total: jax.Array) -> jax.Array:
+    @property
+    def summing(self) -> int:
+        """Warpgroups of a block that sum: one of its own, or those that multiply. These have no room for
+        a unit's accumulators beside a tile's, and make units first, and sums beside the first tile."""
+        return WGS if len(self.registers) == 2 else 1
+
+    # The shrink: units and sums are dealt from the last block on, which has the fewest tiles.
+
+    def slices(self, units: jax.Array) -> jax.Array:
         """Parts of K, such that all blocks have work and none has two units; 1: u needs no sum."""
         steps, slices, more = self.width // BK, jnp.int32(1), 2
-        while more <= MOST_SLICES and steps % more == 0:
-            slices = jnp.where(total * more <= self.blocks, jnp.int32(more), slices)
+        while more <= MOST_SLICES and steps % more == 0 and steps // more >= 4:
+            slices = jnp.where(units * more <= self.blocks, jnp.int32(more), slices)
             more *= 2
         return slices
 
@@ -161,32 +162,43 @@ class Plan:
             return last
         return last * self.t.cluster + lax.axis_index("pair")
 
-    def units_of_worker(self, total: jax.Array) -> jax.Array:
+    def units_of_worker(self, units: jax.Array) -> jax.Array:
+        """Blocks of a cluster take equally many; one of them may have none left for the last."""
         first = (self.workers - 1 - lax.axis_index("worker")) * self.t.cluster
-        return lax.max((total * self.slices(total) - first + self.blocks - 1) // self.blocks, 0)
+        return lax.max((units * self.slices(units) - first + self.blocks - 1) // self.blocks, 0)
 
-    def unit(self, units: Any, total: jax.Array, i: jax.Array) -> Unit:
-        slices = self.slices(total)
-        number = self.rank() + i * self.blocks
-        index = lax.min(number, total * slices - 1)
-        unit = index // slices
-        return Unit(
-            there=number < total * slices, number=index, m=units[0, unit], g=units[1, unit],
-            q=index - unit * slices, slices=slices, steps=self.width // BK // slices,
-        )  # fmt: skip
+    def has_unit(self, units: jax.Array, i: jax.Array | int) -> jax.Array:
+        return self.rank() + i * self.blocks < units * self.slices(units)
 
-    def writers(self, total: jax.Array) -> jax.Array:
-        """Warpgroups that make slices."""
-        return lax.min(total * self.slices(total), jnp.int32(self.blocks)) * WGS
+    def unit(self, r: Refs, i: jax.Array | int) -> tuple[jax.Array, ...]:
+        """Its number among all slices, row block, group of pages, part of K."""
+        units = r.totals[0]
+        slices = self.slices(units)
+        number = lax.min(self.rank() + i * self.blocks, lax.max(units * slices, jnp.int32(1)) - 1)
+        index = number // slices
+        return number, r.units[0, index], r.units[1, index], number - index * slices
 
-    def pieces(self, total: jax.Array) -> jax.Array:
-        """Sums of slices, each a page's rows of one warpgroup for one part."""
-        pieces = total * (WGS * self.group * self.parts)
-        return jnp.where(self.slices(total) > 1, pieces, 0)
+    def unit_steps(self, units: jax.Array) -> jax.Array:
+        """K steps of a unit."""
+        return self.width // BK // self.slices(units)
 
-    def summers(self, total: jax.Array) -> jax.Array:
+    def sums(self, totals: Any) -> jax.Array:
+        """Sums of slices, each of a page's u for 64 rows and one part."""
+        return jnp.where(self.slices(totals[0]) > 1, totals[1] * (WGS * self.parts), 0)
+
+    def writers(self, totals: Any) -> jax.Array:
+        """Warpgroups that make slices (or u itself)."""
+        units = totals[0]
+        return lax.min(units * self.slices(units), jnp.int32(self.blocks)) * WGS
+
+    def summers(self, totals: Any) -> jax.Array:
         """Warpgroups that sum."""
-        return lax.min(self.pieces(total), jnp.int32(self.blocks * WGS))
+        return lax.min(self.sums(totals), jnp.int32(self.blocks * self.summing))
+
+    @property
+    def readers(self) -> int:
+        """Warpgroups that load u."""
+        return min(self.tiles, self.workers) * self.t.cluster
 
     # Tiles of y.
 
@@ -215,7 +227,14 @@ class Plan:
             m = stack * t.cluster + lax.axis_index("pair")
             own, most = cdiv(counts[m], CHUNK), lax.max(*chunks)
         expands = lax.max(cdiv(most - s, t.split), 0)
+        before = self.steps - t.tail
+        early = max(before - t.early, 0)
+
+        def if_there(steps: Any) -> jax.Array:
+            return jnp.where(there, steps, 0)
+
         return Tile(
-            there=there, m=m, c=c, s=s, chunks=own, expands=jnp.where(there, expands, 0),
-            before=jnp.where(there, self.steps - t.tail, 0), after=jnp.where(there, t.tail, 0),
+            there=there, m=m, c=c, s=s, chunks=own, expands=if_there(expands),
+            alone=if_there(min(t.alone, early)), early=if_there(early), before=if_there(before),
+            after=if_there(t.tail),
         )  # fmt: skip

@@ -9,14 +9,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.lora_matmul.hopper_sync import meet
-from kernels_pallas.lora_matmul.hopper_wide_plan import Plan, Refs
+from kernels_pallas.lora_matmul.hopper_wide_plan import U_THERE, Plan, Refs
 from kernels_pallas.lora_matmul.hopper_wide_tuning import BK, BM, CHUNK
 from kernels_pallas.lora_matmul.types import PAGE
 
 
 def produce(plan: Plan, phase: str, r: Refs) -> None:
-    """Stream tiles of x and A, then of x and w, and of u and B, into the ring."""
-    t, total = plan.t, r.total[0]
+    """Stream tiles of x and w, of x and A between them, and of u and B, into the ring."""
+    t, units = plan.t, r.totals[0]
     ends = [sum(plan.part_sizes[: j + 1]) // t.bn for j in range(plan.parts)]
     multicast: dict[str, Any] = {"collective_axes": "pair"} if t.cluster > 1 else {}
 
@@ -26,19 +26,20 @@ def produce(plan: Plan, phase: str, r: Refs) -> None:
         return slot
 
     def unit(i: jax.Array, n: jax.Array) -> jax.Array:
-        k, height = plan.unit(r.units, total, i), plan.parts * PAGE
-        ids = [r.ids[k.m, k.g * plan.group + j] for j in range(plan.group)]
+        _, m, g, q = plan.unit(r, i)
+        steps, height = plan.unit_steps(units), plan.parts * PAGE
+        ids = [r.ids[m, g * plan.group + j] for j in range(plan.group)]
 
         def step(j: jax.Array, n: jax.Array) -> jax.Array:
-            slot, depth = acquire(n), pl.ds((k.q * k.steps + j) * BK, BK)
+            slot, depth = acquire(n), pl.ds((q * steps + j) * BK, BK)
             full = r.full_shrink.at[slot]
-            plgpu.copy_gmem_to_smem(r.x.at[pl.ds(k.m * BM, BM), depth], r.xs.at[slot], full)
+            plgpu.copy_gmem_to_smem(r.x.at[pl.ds(m * BM, BM), depth], r.xs.at[slot], full)
             for g, page in enumerate(ids):
                 there = r.sa.at[slot, pl.ds(g * height, height)]
                 plgpu.copy_gmem_to_smem(r.a.at[page, :, depth], there, full)
             return n + 1
 
-        return lax.fori_loop(0, k.steps, step, n)
+        return lax.fori_loop(0, steps, step, n)
 
     def one_tile(i: jax.Array, n: jax.Array) -> jax.Array:
         k = plan.tile(r.counts, i)
@@ -80,26 +81,29 @@ def produce(plan: Plan, phase: str, r: Refs) -> None:
                 pl.when(chunk >= k.chunks)(load_any)
             return n + 1
 
-        early = lax.max(k.before - t.early, 0)
-        n = lax.fori_loop(0, early, base, n)
+        n = lax.fori_loop(0, k.alone, base, n)
+        if phase == "all" and plan.summing == 1:
+            n = lax.fori_loop(0, jnp.where(i == 0, plan.units_of_worker(units), 0), unit, n)
+        n = lax.fori_loop(k.alone, k.early, base, n)
         if phase == "all":
 
-            @pl.when((i == 0) & (total > 0))
+            @pl.when((i == 0) & (units > 0) & k.there)
             def _() -> None:
-                summers = plan.summers(total)
-                writers = jnp.where(summers > 0, summers, plan.writers(total))
-                waiting = min(plan.tiles, plan.workers) * t.cluster
-                meet(r.sync.at[pl.ds(8, 8)], writers, writers + waiting - 1)
+                summers = plan.summers(r.totals)
+                signals = jnp.where(summers > 0, summers, plan.writers(r.totals))
+                meet(r.sync.at[U_THERE], signals, signals + plan.readers - 1)
 
-        n = lax.fori_loop(early, k.before, base, n)
+        n = lax.fori_loop(k.early, k.before, base, n)
         n = lax.fori_loop(0, k.expands, expand, n)
         return lax.fori_loop(k.before, k.before + k.after, base, n)
 
     n = jnp.int32(0)
-    if phase in ("all", "shrink"):
-        n = lax.fori_loop(0, plan.units_of_worker(total), unit, n)
-    if phase in ("all", "multiply"):
-        n = lax.fori_loop(0, plan.tiles_of_worker(), one_tile, n)
+    if phase == "shrink" or (phase == "all" and plan.summing > 1):
+        n = lax.fori_loop(0, plan.units_of_worker(units), unit, n)
+    if phase != "shrink":
+        least = 1 if phase == "all" else 0  # a block without a tile may have units
+        tiles = lax.max(plan.tiles_of_worker(), jnp.int32(least))
+        n = lax.fori_loop(0, tiles, one_tile, n)
 
     def drain(n: jax.Array, carry: jax.Array) -> jax.Array:
         acquire(n)

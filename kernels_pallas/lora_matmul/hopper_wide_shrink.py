@@ -1,4 +1,4 @@
-"""The shrink of the Hopper kernel for many rows, by the warpgroups that multiply: u = x A^T."""
+"""The shrink of the Hopper kernel for many rows: slices of u = x A^T, and their sums."""
 
 from collections.abc import Callable
 from functools import partial
@@ -21,14 +21,16 @@ LOT = 8
 
 
 def slices(
-    plan: Plan, r: Refs, total: jax.Array, n: jax.Array, release: Callable[[jax.Array], None]
-) -> jax.Array:
-    """This block's units, from ring step n on: slices of u, or u itself where K is not cut."""
-    wg, t = lax.axis_index("wg"), plan.t
-    lanes = pl.ds(wg * 64, 64)
+    plan: Plan, r: Refs, first: Any, count: jax.Array, n: jax.Array,
+    release: Callable[[jax.Array], None],
+) -> jax.Array:  # fmt: skip
+    """`count` of this block's units, from ring step n on: slices of u, or u itself where K is not cut.
+    `first`: what `unit` said of the first."""
+    wg, t, units = lax.axis_index("wg"), plan.t, r.totals[0]
+    lanes, steps, whole = pl.ds(wg * 64, 64), plan.unit_steps(units), plan.slices(units) == 1
 
-    def unit(i: jax.Array, n: jax.Array) -> jax.Array:
-        k = plan.unit(r.units, total, i)
+    def one(i: jax.Array, carry: Any) -> Any:
+        n, number, m, g, q, used, *owns = carry
 
         def accumulate(acc: Any) -> tuple[jax.Array, jax.Array]:
             def step(j: jax.Array, n: jax.Array) -> jax.Array:
@@ -40,88 +42,95 @@ def slices(
                 pl.when(j > 0)(partial(release, n + t.stages - 1))
                 return n + 1
 
-            after = lax.fori_loop(0, k.steps, step, n)
+            after = lax.fori_loop(0, steps, step, n)
             plgpu.wgmma_wait(0)
             release(after + t.stages - 1)
             return acc[...], after
 
-        owns = [_own(plan, r, k.m, k.g * plan.group + j) for j in range(plan.group)]
         u, n = pl.run_scoped(accumulate, ACC((64, plan.a_rows), jnp.float32))
-        values = []
+        there = plan.has_unit(units, i)
         for column in range(plan.group * plan.parts):
+            page, part = divmod(column, plan.parts)
             value = u[:, column * PAGE : (column + 1) * PAGE]
-            own = lax.broadcast_in_dim(owns[column // plan.parts], value.shape, [0])
-            values.append(value * own)
+            value = value * lax.broadcast_in_dim(owns[page], value.shape, [0])
 
-        @pl.when(k.there & (k.slices > 1))
-        def _() -> None:
-            for column, value in enumerate(values):
-                r.p.at[k.number, wg, column][...] = value
+            @pl.when(there & jnp.logical_not(whole))
+            def _(column: int = column, value: jax.Array = value) -> None:
+                r.p.at[number, wg, column][...] = value
 
-        @pl.when(k.there & (k.slices == 1))
-        def _() -> None:
-            for column, value in enumerate(values):
-                _store(plan, r, k.m, k.g, column // plan.parts, column % plan.parts, wg, value)
+            unused = (q == 0) & (g * plan.group + page >= used)  # zeros; nobody sums them
 
-        return n
+            @pl.when(there & (whole | unused))
+            def _(page: int = page, part: int = part, value: jax.Array = value) -> None:
+                place_u(plan, r, m, g * plan.group + page, part, wg)[...] = value.astype(plan.dtype)
 
-    return lax.fori_loop(0, plan.units_of_worker(total), unit, n)
+        lots = CHUNK // plan.group
+        fills = there & (whole | (q == 0)) & ((g + 1) * plan.group >= used)
+        for more in range(1, lots):  # up to a whole expand step
+
+            @pl.when(fills & (lax.rem(g, jnp.int32(lots)) + more < lots))
+            def _(more: int = more) -> None:
+                zeros = plgpu.layout_cast(jnp.zeros((64, PAGE), plan.dtype), plgpu.Layout.WGMMA)
+                for page in range(plan.group):
+                    for part in range(plan.parts):
+                        at = (g + more) * plan.group + page
+                        place_u(plan, r, m, at, part, wg)[...] = zeros
+
+        return n, *unit(plan, r, i + 1)
+
+    n, *_ = lax.fori_loop(0, count, one, (n, *first))
+    return n
 
 
-def sums(plan: Plan, r: Refs, total: jax.Array) -> None:
-    """This warpgroup's share of the sums over slices."""
-    count, each = plan.slices(total), WGS * plan.group * plan.parts
-    stride = plan.blocks * WGS
-    first = plan.rank() * WGS + lax.axis_index("wg")
+def unit(plan: Plan, r: Refs, i: jax.Array | int) -> tuple[jax.Array, ...]:
+    """What slices have to know of a block's unit: asked for early, because these reads depend on one
+    another."""
+    number, m, g, q = plan.unit(r, i)
+    lines = pl.ds(pl.multiple_of(m * BM + lax.axis_index("wg") * 64, 64), 64)
+    owns = [
+        load(r.mask, (r.places[m, g * plan.group + page], lines), plgpu.Layout.WGMMA.reduce(1))
+        for page in range(plan.group)
+    ]
+    return number, m, g, q, r.counts[m], *owns
 
-    def piece(i: jax.Array, carry: None) -> None:
-        index = first + i * stride
-        unit = index // each
-        index = index - unit * each
-        m, g = r.units[0, unit], r.units[1, unit]
-        half = index // (plan.group * plan.parts)
-        column = index - half * (plan.group * plan.parts)
+
+def sums(plan: Plan, r: Refs, index: Any, meet: Callable[[], None]) -> None:
+    """A warpgroup's share of the sums over slices; `index`: its number among those that sum. It calls
+    `meet` to wait for the slices."""
+    count, each = plan.slices(r.totals[0]), WGS * plan.parts
+    total, stride = plan.sums(r.totals), plan.blocks * plan.summing
+
+    def which(i: jax.Array | int) -> tuple[jax.Array, ...]:
+        at = lax.max(lax.min(index + i * stride, total - 1), 0)
+        number = at // each
+        half = (at - number * each) // plan.parts
+        part = at - number * each - half * plan.parts
+        return r.sums[0, number], r.sums[1, number], r.sums[2, number], half, part
+
+    def one(i: jax.Array, carry: Any) -> Any:
+        m, place, number, half, part = carry
+        column = lax.rem(place, jnp.int32(plan.group)) * plan.parts + part
 
         def lot(j: jax.Array, value: jax.Array) -> jax.Array:
             read = []
             for q in range(LOT):  # all loads in flight at once
                 at = lax.min(j * LOT + q, count - 1)
-                part = load(r.p, (unit * count + at, half, column), plgpu.Layout.WGMMA)
-                read.append(part * (j * LOT + q < count).astype(jnp.float32))
-            for part in read:
-                value = value + part
+                slice_ = load(r.p, (number * count + at, half, column), plgpu.Layout.WGMMA)
+                read.append(slice_ * (j * LOT + q < count).astype(jnp.float32))
+            for slice_ in read:
+                value = value + slice_
             return value
 
         zeros = plgpu.layout_cast(jnp.zeros((64, PAGE), jnp.float32), plgpu.Layout.WGMMA)
         value = lax.fori_loop(0, (count + LOT - 1) // LOT, lot, zeros)
-        page = column // plan.parts
-        _store(plan, r, m, g, page, column - page * plan.parts, half, value)
+        place_u(plan, r, m, place, part, half)[...] = value.astype(plan.dtype)
+        return which(i + 1)
 
-    lax.fori_loop(0, (plan.pieces(total) - first + stride - 1) // stride, piece, None)
-
-
-def _own(plan: Plan, r: Refs, m: jax.Array, at: jax.Array) -> jax.Array:
-    """Which rows of this warpgroup use a page of the row block's list."""
-    lines = pl.ds(pl.multiple_of(m * BM + lax.axis_index("wg") * 64, 64), 64)
-    return load(r.mask, (r.places[m, at], lines), plgpu.Layout.WGMMA.reduce(1))
+    first = which(0)
+    meet()
+    lax.fori_loop(0, lax.max((total - index + stride - 1) // stride, 0), one, first)
 
 
-def _store(
-    plan: Plan, r: Refs, m: jax.Array, g: jax.Array, page: Any, part: Any, half: Any,
-    value: jax.Array,
-) -> None:  # fmt: skip
-    """One page's u of 64 rows. The last group's adds zeros up to a whole expand step."""
-    rows = pl.ds(half * 64, 64)
-
-    def place(g: jax.Array) -> Any:
-        return r.u.at[m, part, rows, pl.ds((g * plan.group + page) * PAGE, PAGE)]
-
-    place(g)[...] = value.astype(plan.dtype)
-    lots = CHUNK // plan.group
-    last = (g + 1) * plan.group >= r.counts[m]
-    for more in range(1, lots):
-
-        @pl.when(last & (lax.rem(g, jnp.int32(lots)) + more < lots))
-        def _(more: int = more) -> None:
-            zeros = jnp.zeros((64, PAGE), plan.dtype)
-            place(g + more)[...] = plgpu.layout_cast(zeros, plgpu.Layout.WGMMA)
+def place_u(plan: Plan, r: Refs, m: jax.Array, place: Any, part: Any, half: Any) -> Any:
+    """Where one page's u of a row block's 64 rows lies."""
+    return r.u.at[m, part, pl.ds(half * 64, 64), pl.ds(place * PAGE, PAGE)]

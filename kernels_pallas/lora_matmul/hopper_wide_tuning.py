@@ -11,7 +11,7 @@ BK = 64
 """Rows of w in a tile: 128 bytes, a line of swizzled shared memory."""
 CHUNK = BK // PAGE
 """Rank pages of one expand step."""
-MOST_SLICES = 16
+MOST_SLICES = 32
 """Parts of K in the shrink: each is read again for the sum."""
 SHARED_BYTES = 227 * 1024 - 2048  # of one block, less barriers and alignment
 
@@ -34,8 +34,9 @@ class Tuning:
     """K steps after the expand steps: they hide that u and B come late."""
     early: int = 8
     """K steps before the expand steps after which u is waited for."""
-    alone: int = 8
-    """K steps of a block's first tile before it sums slices of u: it waits for the slowest block."""
+    alone: int = 6
+    """K steps of a block's first tile before its units of the shrink, or the sums of slices of u: reads
+    that depend on one another, and others' slices, are under way meanwhile."""
     out_columns: int = 64
     """Columns of y that are stored at once."""
     out_buffers: int = 2
@@ -65,12 +66,14 @@ def tuning(rows: int, width: int, part_sizes: tuple[int, ...], sms: int) -> Tuni
             cluster=2 if far else 1, span=8 if far else 16,
         )  # fmt: skip
     elif fits[0] == 256 and blocks * total // 256 >= 0.75 * sms:
-        made = Tuning(bn=256, stages=4, cluster=2)
+        made = Tuning(bn=256, stages=4, cluster=1 + (blocks % 2 == 0))
     else:
         bn = min(128, fits[0])
         tiles = blocks * total // bn
         steps = width // BK
-        split = max(s for s in (1, 2, 4) if s == 1 or (tiles * s <= sms and steps % (16 * s) == 0))
+        split = max(
+            s for s in (1, 2, 4) if s == 1 or (tiles * s <= sms and not steps % s and steps // s >= 16)
+        )  # fmt: skip
         made = Tuning(bn=bn, stages=6, split=split)
         if split > 1:
             made = dataclasses.replace(made, out_columns=32)

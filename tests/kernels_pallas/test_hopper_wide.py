@@ -13,7 +13,7 @@ import pytest
 
 from kernels_pallas import testing
 from kernels_pallas.lora_matmul import Segments, hopper
-from kernels_pallas.lora_matmul.hopper_wide import page_lists, work_units
+from kernels_pallas.lora_matmul.hopper_wide import page_lists, shrink_work
 from kernels_pallas.lora_matmul.hopper_wide_tuning import (
     BK,
     CHUNK,
@@ -98,11 +98,15 @@ def test_tiles_fit_shared_memory_and_divide_the_shape(rows: int, group: str) -> 
     assert t.group(len(parts)) * len(parts) * 16 <= t.bn
 
 
-def test_every_group_of_pages_of_a_row_block_is_a_unit():
+def test_every_group_of_pages_of_a_row_block_is_a_unit_and_every_page_a_sum():
     counts = jnp.asarray([3, 0, 1, 4])
-    units, total = work_units(counts, pages=5, group=2)
-    assert units[:, : int(total[0])].T.tolist() == [[0, 0], [0, 1], [2, 0], [3, 0], [3, 1]]
+    units, sums, totals = shrink_work(counts, pages=5, group=2)
+    assert totals.tolist() == [5, 8]
+    assert units.T[:5].tolist() == [[0, 0], [0, 1], [2, 0], [3, 0], [3, 1]]
+    first = [[0, 0, 0], [0, 1, 0], [0, 2, 1], [2, 0, 2]]
+    assert sums.T[:8].tolist() == [*first, [3, 0, 3], [3, 1, 3], [3, 2, 4], [3, 3, 4]]
     assert units.shape == (2, 4 * 3)
+    assert sums.shape == (3, 4 * 5)
 
 
 def test_a_part_that_no_tile_divides_is_refused_with_the_reason() -> None:
