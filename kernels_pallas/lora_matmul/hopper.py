@@ -20,7 +20,7 @@ from kernels_pallas.lora_matmul.hopper_sync import counters
 from kernels_pallas.lora_matmul.hopper_tuning import Tuning, base_tuning, tuning
 from kernels_pallas.lora_matmul.types import RankPool, Segments
 
-NARROW_ROWS = 128
+NARROW_ROWS = 64
 """With more, hopper_wide serves: from there on it is faster."""
 
 BASE_ROWS = (9, 64)

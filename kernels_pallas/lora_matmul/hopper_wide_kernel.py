@@ -67,6 +67,7 @@ class Wide(Plan):
             full(num_arrivals=1 + self.group),
             full(num_arrivals=1 + CHUNK),
             empty,
+            plgpu.Barrier(num_arrivals=WGS),
         ]
         extra: dict[str, Any] = {"interpret": interpreter()} if interpret else {}
         if t.cluster > 1:
@@ -89,11 +90,10 @@ class Wide(Plan):
         """What every warpgroup of every block runs."""
         inputs, rest = refs[:INPUTS], refs[INPUTS:]
         outputs = {"all": 3, "shrink": 2, "sum": 2, "multiply": 2}[phase]
-        rest, (xs, *tiles, ys, full, full_shrink, full_expand, empty) = (
-            rest[:outputs], rest[outputs:],
-        )  # fmt: skip
+        rest, scratch = rest[:outputs], rest[outputs:]
+        tiles = scratch[1:-6]
         ws, sa = tiles if len(tiles) == 2 else tiles[0]
-        scratch = (xs, ws, sa, ys, full, full_shrink, full_expand, empty)
+        scratch = (scratch[0], ws, sa, *scratch[-6:])
         y, u, p = {
             "all": lambda: rest,
             "shrink": lambda: (None, *rest),
@@ -115,6 +115,13 @@ class Wide(Plan):
             @pl.when(wg == WGS + 1)
             def _() -> None:
                 plgpu.set_max_registers(self.registers[2], action="decrease")
+                if phase == "all":  # fences are not for those who multiply
+
+                    @pl.when(self.has_unit(r.totals[0], 0))
+                    def _() -> None:
+                        plgpu.barrier_wait(r.sliced)
+                        self.announce(r)
+
                 if phase in ("all", "sum"):
                     self.sum(phase, r, self.rank())
 
@@ -174,8 +181,11 @@ class Wide(Plan):
         def shrink(now: jax.Array, n: jax.Array) -> jax.Array:
             count = jnp.where(now, self.units_of_worker(units), 0)
             n = hopper_wide_shrink.slices(self, r, first, count, n, release)
-            if phase == "all":
-                pl.when(now & self.has_unit(units, 0))(partial(self.announce, r))
+            mine = now & self.has_unit(units, 0)
+            if phase == "all" and self.summing > 1:
+                pl.when(mine)(partial(self.announce, r))
+            elif phase == "all":
+                pl.when(mine)(lambda: plgpu.barrier_arrive(r.sliced))
             return n
 
         def one_tile(i: jax.Array, carry: Any) -> Any:
@@ -225,7 +235,7 @@ class Wide(Plan):
         plgpu.wait_smem_to_gmem(0, wait_read_only=False)
 
     def announce(self, r: Refs) -> None:
-        """This warpgroup's slices are there, or its part of u."""
+        """Slices are there, or a part of u."""
         writers, summers = self.writers(r.totals), self.summers(r.totals)
 
         @pl.when(summers > 0)

@@ -43,6 +43,7 @@ class Refs:
     full_shrink: Any
     full_expand: Any
     empty: Any
+    sliced: Any
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -147,13 +148,32 @@ class Plan:
 
     # The shrink: units and sums are dealt from the last block on, which has the fewest tiles.
 
-    def slices(self, units: jax.Array) -> jax.Array:
-        """Parts of K, such that all blocks have work and none has two units; 1: u needs no sum."""
+    @property
+    def light(self) -> int:
+        """Blocks with a tile less than others."""
+        return -self.tiles % self.workers * self.t.cluster
+
+    def _slices(self, units: jax.Array, blocks: int) -> jax.Array:
+        """Parts of K, such that none of so many blocks has two units; 1 if there are more units."""
         steps, slices, more = self.width // BK, jnp.int32(1), 2
         while more <= MOST_SLICES and steps % more == 0 and steps // more >= 4:
-            slices = jnp.where(units * more <= self.blocks, jnp.int32(more), slices)
+            slices = jnp.where(units * more <= blocks, jnp.int32(more), slices)
             more *= 2
         return slices
+
+    def slices(self, units: jax.Array) -> jax.Array:
+        """Parts of K; 1: u needs no sum."""
+        few, many = self._slices(units, self.light), self._slices(units, self.blocks)
+        return jnp.where(self._light_do(units), few, many)
+
+    def spread(self, units: jax.Array) -> jax.Array:
+        """Blocks that the units are dealt to."""
+        return jnp.where(self._light_do(units), jnp.int32(max(self.light, 1)), self.blocks)
+
+    def _light_do(self, units: jax.Array) -> jax.Array:
+        """Whether those with fewer tiles can do it before others' first tiles need u."""
+        steps = self.width // BK // self._slices(units, self.light)
+        return (units <= self.light) & (steps <= int(0.6 * self.steps))
 
     def rank(self) -> jax.Array:
         """This block of threads, counted from the last."""
@@ -165,16 +185,20 @@ class Plan:
     def units_of_worker(self, units: jax.Array) -> jax.Array:
         """Blocks of a cluster take equally many; one of them may have none left for the last."""
         first = (self.workers - 1 - lax.axis_index("worker")) * self.t.cluster
-        return lax.max((units * self.slices(units) - first + self.blocks - 1) // self.blocks, 0)
+        spread = self.spread(units)
+        count = (units * self.slices(units) - first + spread - 1) // spread
+        return jnp.where(first < spread, lax.max(count, 0), 0)
 
     def has_unit(self, units: jax.Array, i: jax.Array | int) -> jax.Array:
-        return self.rank() + i * self.blocks < units * self.slices(units)
+        spread = self.spread(units)
+        return (self.rank() + i * spread < units * self.slices(units)) & (self.rank() < spread)
 
     def unit(self, r: Refs, i: jax.Array | int) -> tuple[jax.Array, ...]:
         """Its number among all slices, row block, group of pages, part of K."""
         units = r.totals[0]
         slices = self.slices(units)
-        number = lax.min(self.rank() + i * self.blocks, lax.max(units * slices, jnp.int32(1)) - 1)
+        number = self.rank() + i * self.spread(units)
+        number = lax.min(number, lax.max(units * slices, jnp.int32(1)) - 1)
         index = number // slices
         return number, r.units[0, index], r.units[1, index], number - index * slices
 
@@ -187,13 +211,19 @@ class Plan:
         return jnp.where(self.slices(totals[0]) > 1, totals[1] * (WGS * self.parts), 0)
 
     def writers(self, totals: Any) -> jax.Array:
-        """Warpgroups that make slices (or u itself)."""
+        """Warpgroups that tell that slices (or u itself) are there."""
         units = totals[0]
-        return lax.min(units * self.slices(units), jnp.int32(self.blocks)) * WGS
+        return lax.min(units * self.slices(units), self.spread(units)) * self.summing
 
     def summers(self, totals: Any) -> jax.Array:
         """Warpgroups that sum."""
-        return lax.min(self.sums(totals), jnp.int32(self.blocks * self.summing))
+        return lax.min(self.sums(totals), self.spread_sums(totals) * self.summing)
+
+    def spread_sums(self, totals: Any) -> jax.Array:
+        """Blocks that the sums are dealt to: where they stop a tile, those with fewer tiles."""
+        if self.summing == 1:
+            return jnp.int32(self.blocks)
+        return self.spread(totals[0])
 
     @property
     def readers(self) -> int:

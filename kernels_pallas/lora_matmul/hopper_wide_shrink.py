@@ -98,7 +98,7 @@ def sums(plan: Plan, r: Refs, index: Any, meet: Callable[[], None]) -> None:
     """A warpgroup's share of the sums over slices; `index`: its number among those that sum. It calls
     `meet` to wait for the slices."""
     count, each = plan.slices(r.totals[0]), WGS * plan.parts
-    total, stride = plan.sums(r.totals), plan.blocks * plan.summing
+    total, stride = plan.sums(r.totals), plan.spread_sums(r.totals) * plan.summing
 
     def which(i: jax.Array | int) -> tuple[jax.Array, ...]:
         at = lax.max(lax.min(index + i * stride, total - 1), 0)

@@ -32,7 +32,7 @@ class Tuning:
     """Row blocks that a tile of w passes by before the next."""
     tail: int = 4
     """K steps after the expand steps: they hide that u and B come late."""
-    early: int = 8
+    early: int = 4
     """K steps before the expand steps after which u is waited for."""
     alone: int = 6
     """K steps of a block's first tile before its units of the shrink, or the sums of slices of u: reads
