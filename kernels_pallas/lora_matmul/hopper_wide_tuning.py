@@ -32,9 +32,9 @@ class Tuning:
     """Row blocks that a tile of w passes by before the next."""
     tail: int = 4
     """K steps after the expand steps: they hide that u and B come late."""
-    early: int = 4
+    early: int = 1
     """K steps before the expand steps after which u is waited for."""
-    alone: int = 6
+    alone: int = 3
     """K steps of a block's first tile before its units of the shrink, or the sums of slices of u: reads
     that depend on one another, and others' slices, are under way meanwhile."""
     out_columns: int = 64
@@ -69,14 +69,11 @@ def tuning(rows: int, width: int, part_sizes: tuple[int, ...], sms: int) -> Tuni
         made = Tuning(bn=256, stages=4, cluster=1 + (blocks % 2 == 0))
     else:
         bn = min(128, fits[0])
-        tiles = blocks * total // bn
-        steps = width // BK
-        split = max(
-            s for s in (1, 2, 4) if s == 1 or (tiles * s <= sms and not steps % s and steps // s >= 16)
-        )  # fmt: skip
-        made = Tuning(bn=bn, stages=6, split=split)
-        if split > 1:
-            made = dataclasses.replace(made, out_columns=32)
+        tiles, steps = blocks * total // bn, width // BK
+        splits = [s for s in (2, 4) if tiles * s <= sms and not steps % s and steps // s >= 32]
+        # What follows a product of one part sums on its way (add_norm).
+        split = max(splits, default=1) if len(part_sizes) == 1 else 1
+        made = Tuning(bn=bn, stages=6, split=split, out_columns=64 if split == 1 else 32)
     while made.stages > 2 and shared_bytes(made) > SHARED_BYTES:
         made = dataclasses.replace(made, stages=made.stages - 1)
     return made
