@@ -34,7 +34,7 @@ from jlora.planning import DEVICES, floor, prefill
 from jlora.shape import Shape
 from jlora.sharding import Layout, make_mesh, sharding
 from kernels_pallas.gated_mlp import hopper as gated_mlp
-from kernels_pallas.lora_matmul import hopper, hopper_shrink
+from kernels_pallas.lora_matmul import hopper
 
 PAGE, RANK_PAGE = 16, 16
 QUEUED = 4
@@ -47,7 +47,6 @@ VARIANTS = {
     "": "what serves",
     "three": "the MLP as three launches",
     "xla": "likewise, and base products by XLA",
-    "summed": "slices of u are summed, however few pages are active",
 }
 """Ways to compile a step."""
 
@@ -55,18 +54,16 @@ VARIANTS = {
 @contextmanager
 def variant(name: str) -> Iterator[None]:
     """Traces in the body compile steps in this way."""
-    before = hopper.BASE_ROWS, gated_mlp.worth_it, hopper_shrink.FEW
+    before = hopper.BASE_ROWS, gated_mlp.worth_it
     if name == "xla":
         hopper.BASE_ROWS = (1, 0)
-    if name == "summed":
-        hopper_shrink.FEW = 0
-    elif name:
+    if name:
         gated_mlp.worth_it = lambda x, hidden, *, lora: False
     jax.clear_caches()
     try:
         yield
     finally:
-        hopper.BASE_ROWS, gated_mlp.worth_it, hopper_shrink.FEW = before
+        hopper.BASE_ROWS, gated_mlp.worth_it = before
         jax.clear_caches()
 
 
@@ -303,12 +300,7 @@ def main() -> None:
         }
         begin = time.perf_counter()
         kinds = [("", n > 0) for n in counts]
-        kinds += [
-            (name, n > 0)
-            for name in args.also
-            for n in counts
-            if (n > 0) != (name == "xla") or name == "three"
-        ]
+        kinds += [(name, n > 0) for name in args.also for n in counts if not (n and name == "xla")]
         programs = {}
         with ThreadPoolExecutor() as workers:  # lowering is one by one, compiling is not
             for name, lora in dict.fromkeys(kinds):

@@ -132,10 +132,5 @@ def _launch(static: tuple[str, Tuning, int, bool], args: dict[str, jax.Array]) -
     # The interpreter has no counters that blocks can wait on: one launch a stage.
     for stage, out in zip(STAGES, ("p1", "u1", "h", "p2", "u2", "y"), strict=True):
         if pages or out in "hy":
-            more = {"p1": ("u1",), "p2": ("u2",)}.get(out, ())
-            few = args.pop(out, None)
-            args |= kernel.call((stage,), (out, *more), args, interpret)
-            if few is not None:
-                shrink = kernel.gate_up if out == "u1" else kernel.down
-                args[out] = jnp.where(shrink.is_few(args["count"]), few, args[out])
+            args |= kernel.call((stage,), (out,), args, interpret)
     return args["y"]

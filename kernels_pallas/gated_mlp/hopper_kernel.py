@@ -22,14 +22,8 @@ from kernels_pallas.gated_mlp.hopper_tuning import (
     expand_slots,
     slot_rows,
 )
-from kernels_pallas.lora_matmul.hopper_shrink import ACC, Shrink, cdiv, few_pages
-from kernels_pallas.lora_matmul.hopper_sync import (
-    Counters,
-    Ring,
-    interpreter,
-    proxy_fence,
-    wait_for_u,
-)
+from kernels_pallas.lora_matmul.hopper_shrink import ACC, Shrink, cdiv
+from kernels_pallas.lora_matmul.hopper_sync import Counters, Ring, interpreter
 from kernels_pallas.lora_matmul.types import PAGE
 
 CHUNK = DEPTH // PAGE
@@ -60,19 +54,17 @@ class GatedMLP:
     @cached_property
     def gate_up(self) -> Shrink:
         """The shrink of the first product."""
-        return self._shrink_of(self.width, 2, self.t.gate_up, few=0)
+        return self._shrink_of(self.width, 2, self.t.gate_up)
 
     @cached_property
     def down(self) -> Shrink:
         """The shrink of the second."""
-        few = few_pages(self.t.down.slices, CHUNK)
-        return self._shrink_of(self.hidden, 1, self.t.down, few=few)
+        return self._shrink_of(self.hidden, 1, self.t.down)
 
-    def _shrink_of(self, width: int, parts: int, t: ShrinkTuning, *, few: int) -> Shrink:
+    def _shrink_of(self, width: int, parts: int, t: ShrinkTuning) -> Shrink:
         return Shrink(
             rows=self.rows, width=width, parts=parts, pages=self.pages, slices=t.slices,
             group=t.group, stages=self.t.shrink_stages, chunk=CHUNK, sms=self.sms, dtype=self.dtype,
-            few=few,
         )  # fmt: skip
 
     @property
@@ -197,7 +189,7 @@ class GatedMLP:
         """h = activation(x @ gate) * (x @ up) in HALF columns."""
 
         def tile(i: jax.Array, n: jax.Array) -> jax.Array:
-            expands, tail = self.gate_up.expands(active), self.t.tail
+            expands, tail = cdiv(active, CHUNK), self.t.tail
             (gate, up), n = self._product(ring, self.width // DEPTH, tail, expands, n)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             r.hs[...] = (ACTIVATIONS[self.activation](gate) * up).astype(self.dtype)
@@ -273,7 +265,7 @@ class GatedMLP:
 
     def _down_expands(self, active: jax.Array, s: jax.Array) -> jax.Array:
         """Expand steps of a unit: K splits take chunks of pages in turn."""
-        return lax.max(cdiv(self.down.expands(active) - s, self.t.split), 0)
+        return lax.max(cdiv(cdiv(active, CHUNK) - s, self.t.split), 0)
 
     # The warpgroup that streams. Whatever it waits for, the stream of w waits for too.
 
@@ -288,13 +280,13 @@ class GatedMLP:
         ring.drain(n)
 
     def _produce_gate_up(self, ring: Ring, r: Any, active: jax.Array, counters: Any) -> jax.Array:
-        steps, tail, zero = self.width // DEPTH, self.t.tail, jnp.int32(0)
+        steps, tail = self.width // DEPTH, self.t.tail
 
         def tile(i: jax.Array, carry: Any) -> Any:
             n, waited = carry
             starts = [part * self.hidden + self._tile(i) * HALF for part in (0, 1)]
             columns = [pl.ds(start, HALF) for start in starts]
-            ids = self.gate_up.page_ids(r.pages, active, zero) if self.pages else []
+            ids = self._page_ids(r, jnp.int32(0)) if self.pages else []
 
             def load(k: jax.Array, n: jax.Array) -> jax.Array:
                 self._load(ring, n, r.x, r.w1, k * DEPTH, columns)
@@ -303,18 +295,19 @@ class GatedMLP:
             def expand(e: jax.Array, carry: Any) -> Any:
                 n, *ids = carry
                 ranks = pl.ds(e * DEPTH, DEPTH)
-                us = [r.u1.at[part, pl.ds(0, self.rows), ranks] for part in (0, 1)]
+                us = [r.u1.at[part, :, ranks] for part in (0, 1)]
                 first = (e == 0) & (waited == 0)
                 self._expand(ring, n, r.b1, ids, columns, us, r.u1_there, first, counters)
-                return n + self.expand_slots, *self.gate_up.page_ids(r.pages, active, e + 1)
+                return n + self.expand_slots, *self._page_ids(r, e + 1)
 
             n = lax.fori_loop(0, steps - tail, load, n)
             if self.pages:
-                expands = self.gate_up.expands(active)
+                expands = cdiv(active, CHUNK)
                 n, *_ = lax.fori_loop(0, expands, expand, (n, *ids))
                 waited = waited | (expands > 0).astype(jnp.int32)
             return lax.fori_loop(steps - tail, steps, load, n), waited
 
+        zero = jnp.int32(0)
         return lax.fori_loop(0, self._tiles_of_block(), tile, (zero, zero))[0]
 
     def _produce_down(
@@ -328,7 +321,7 @@ class GatedMLP:
             n, waited = carry
             c, s = self._unit(i)
             columns = [pl.ds(c * WIDE + HALF * j, HALF) for j in (0, 1)]
-            ids = self.down.page_ids(r.pages, active, s) if self.pages else []
+            ids = self._page_ids(r, s) if self.pages else []
 
             def load(k: jax.Array, n: jax.Array) -> jax.Array:
                 # Of a split's rows, those of the rounds that are through come first.
@@ -339,13 +332,10 @@ class GatedMLP:
 
             def expand(e: jax.Array, carry: Any) -> Any:
                 n, *ids = carry
-                ranks = pl.ds((s + e * split) * DEPTH, DEPTH)
-                us = [r.u2.at[0, pl.ds(0, self.rows), ranks]] * 2
+                us = [r.u2.at[0, :, pl.ds((s + e * split) * DEPTH, DEPTH)]] * 2
                 first = (e == 0) & (waited == 0)
                 self._expand(ring, n, r.b2, ids, columns, us, r.u2_there, first, counters)
-                return n + self.expand_slots, *self.down.page_ids(
-                    r.pages, active, s + (e + 1) * split
-                )
+                return n + self.expand_slots, *self._page_ids(r, s + (e + 1) * split)
 
             for part, (start, end) in enumerate(((0, early), (early, steps - tail))):
                 if counters:
@@ -400,9 +390,14 @@ class GatedMLP:
                 ranks = w_tile.at[pl.ds(PAGE * j, PAGE)]
                 plgpu.copy_gmem_to_smem(b.at[page, :, half], ranks, barrier)
         if counters:
-            pl.when(first)(partial(wait_for_u, there))
+            pl.when(first)(lambda: plgpu.barrier_wait(there))
         for (x_tile, _, barrier), u in zip(halves, us, strict=True):
             plgpu.copy_gmem_to_smem(u, x_tile, barrier)
+
+    def _page_ids(self, r: Any, chunk: jax.Array) -> list[jax.Array]:
+        """Pages of an expand step, or of the last one there could be."""
+        first = lax.min(chunk * CHUNK, jnp.int32(self.pages - CHUNK))
+        return [r.pages[first + j] for j in range(CHUNK)]
 
     # The warpgroup that shrinks, and waits for the grid
 
@@ -411,19 +406,13 @@ class GatedMLP:
             shrink, meet = {"gate_up": (self.gate_up, GATE_UP), "down": (self.down, DOWN)}[name]
             a, p, u = own
             if f"{name} slices" in stages:
-                shrink.slice(x, a, p, u, r.pages, r.mask, active, r.sx, r.sa, full)
+                shrink.slice(x, a, p, r.pages, r.mask, active, r.sx, r.sa, full)
             if counters:
-                proxy_fence()
                 pl.when(active > 0)(partial(counters.meet, meet[0]))
             if f"{name} sum" in stages:
-
-                @pl.when(jnp.logical_not(shrink.is_few(active)))
-                def _() -> None:
-                    shrink.sum(p, u, r.us, active)
-                    if counters:
-                        counters.meet(meet[1])
-
+                shrink.sum(p, u, r.us, active)
             if counters:
+                pl.when(active > 0)(partial(counters.meet, meet[1]))
                 pl.when(active > 0)(lambda: plgpu.barrier_arrive(there))
 
         one("gate_up", r.x, (r.a1, r.p1, r.u1), r.full_shrink1, r.u1_there)

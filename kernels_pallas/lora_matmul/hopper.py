@@ -215,8 +215,6 @@ def _launch(
     if not interpret:
         return k.call("all", (y, u, p), args)[0]
     # The interpreter has no counters that blocks can wait on: one launch a phase.
-    few, p = k.call("slices", (u, p), args, interpret)
+    (p,) = k.call("slices", (p,), args, interpret)
     (u,) = k.call("sum", (u,), (*args, p), interpret)
-    assert count is not None
-    u = jnp.where(k.shrink.is_few(count), few, u)
     return k.call("multiply", (y,), (*args, u), interpret)[0]

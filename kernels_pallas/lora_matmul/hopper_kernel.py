@@ -10,14 +10,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels_pallas.lora_matmul.hopper_shrink import ACC, RowBlocks, Shrink, cdiv, few_pages
-from kernels_pallas.lora_matmul.hopper_sync import (
-    Counters,
-    Ring,
-    interpreter,
-    proxy_fence,
-    wait_for_u,
-)
+from kernels_pallas.lora_matmul.hopper_shrink import ACC, RowBlocks, Shrink, cdiv
+from kernels_pallas.lora_matmul.hopper_sync import Counters, Ring, interpreter
 from kernels_pallas.lora_matmul.hopper_tuning import Tuning
 from kernels_pallas.lora_matmul.types import PAGE
 
@@ -59,7 +53,6 @@ class Kernel(RowBlocks):
         return Shrink(
             rows=self.rows, width=self.width, parts=self.parts, pages=self.pages, slices=t.slices,
             group=t.group, stages=t.shrink_stages, chunk=self.chunk, sms=self.sms, dtype=self.dtype,
-            few=few_pages(t.slices, self.chunk),
         )  # fmt: skip
 
     def out_types(self) -> tuple[jax.ShapeDtypeStruct, ...]:
@@ -130,7 +123,7 @@ class Kernel(RowBlocks):
         rest, scratch = refs[8:-11], refs[-11:]
         y, u, p = {
             "all": lambda: rest,
-            "slices": lambda: (None, *rest),
+            "slices": lambda: (None, None, rest[0]),
             "sum": lambda: (None, rest[1], rest[0]),
             "multiply": lambda: (rest[1], rest[0], None),
         }[phase]()
@@ -155,19 +148,13 @@ class Kernel(RowBlocks):
             if registers:
                 plgpu.set_max_registers(registers[2], action="decrease")
             if phase in ("all", "slices"):
-                self.shrink.slice(x, a, p, u, pages, mask, active, sx, sa, full_shrink)
+                self.shrink.slice(x, a, p, pages, mask, active, sx, sa, full_shrink)
             if counters:
-                proxy_fence()
                 pl.when(active > 0)(partial(counters.meet, 0))
             if phase in ("all", "sum"):
-
-                @pl.when(jnp.logical_not(self.shrink.is_few(active)))
-                def _() -> None:
-                    self.shrink.sum(p, u, us, active)
-                    if counters:  # the one who waits for the others has nothing else to do
-                        counters.meet(1)
-
-            if counters:
+                self.shrink.sum(p, u, us, active)
+            if counters:  # the one who waits for the others has nothing else to do
+                pl.when(active > 0)(partial(counters.meet, 1))
                 pl.when(active > 0)(lambda: plgpu.barrier_arrive(u_there))
 
         @pl.when(wg < self.wgs)
@@ -192,7 +179,8 @@ class Kernel(RowBlocks):
 
     def _expands(self, active: jax.Array, s: jax.Array) -> jax.Array:
         """Expand steps of a tile: K splits take chunks of pages in turn."""
-        return lax.max(cdiv(self.shrink.expands(active) - s, self.t.split), 0)
+        chunks = cdiv(active, self.chunk)
+        return lax.max(cdiv(chunks - s, self.t.split), 0)
 
     @property
     def _steps(self) -> int:
@@ -208,7 +196,9 @@ class Kernel(RowBlocks):
         ends = [sum(self.part_sizes[: j + 1]) // t.bn for j in range(self.parts)]
 
         def page_ids(s: jax.Array, e: jax.Array | int) -> list[jax.Array]:
-            return self.shrink.page_ids(pages, active, s + e * t.split)
+            """Pages of an expand step, or of the last one there could be."""
+            first = lax.min((s + e * t.split) * self.chunk, jnp.int32(self.pages - self.chunk))
+            return [pages[first + j] for j in range(self.chunk)]
 
         def tile(i: jax.Array, carry: Any) -> Any:
             n, waited = carry
@@ -234,7 +224,7 @@ class Kernel(RowBlocks):
                     there = b.at[page, :, columns]
                     plgpu.copy_gmem_to_smem(there, w_tile.at[pl.ds(PAGE * j, PAGE)], barrier)
                 if ready is not None:
-                    pl.when((e == 0) & (waited == 0))(partial(wait_for_u, ready))
+                    pl.when((e == 0) & (waited == 0))(lambda: plgpu.barrier_wait(ready))
                 ranks = pl.ds((s + e * t.split) * self.chunk * PAGE, t.bk)
                 plgpu.copy_gmem_to_smem(u.at[part, x_rows, ranks], x_tile, barrier)
                 return n + 1, *page_ids(s, e + 1)

@@ -1,8 +1,7 @@
 """The shrink of a fused launch: u = x A^T of the active rank pages, in two passes over the grid.
 
 A warpgroup of every block that is left over takes units of work, dealt from the last block on. First
-slices of K (`slice`); when all are there, their sums (`sum`). The slices of few pages are not summed:
-they are ranks of their own to the expand steps, [u0 | u1 ..] @ [B ; B ..], which saves a second wait.
+slices of K (`slice`); when all are there, their sums (`sum`).
 """
 
 import dataclasses
@@ -65,46 +64,21 @@ class Shrink(RowBlocks):
     """Rank pages of one expand step: u is zero up to a whole chunk."""
     sms: int
     dtype: Any
-    few: int = 0
-    """Most active pages whose slices are not summed."""
-
-    @property
-    def depth(self) -> int:
-        """Most rank pages' worth of u."""
-        return max(self.pages, self.few * self.slices)
-
-    def is_few(self, active: jax.Array) -> jax.Array:
-        return active <= self.few
-
-    def expands(self, active: jax.Array) -> jax.Array:
-        """Expand steps of all ranks of u."""
-        return cdiv(jnp.where(self.is_few(active), active * self.slices, active), self.chunk)
-
-    def page_ids(self, pages: Any, active: jax.Array, step: jax.Array) -> list[jax.Array]:
-        """Pages of an expand step, or of some page if there is no such step."""
-        ids = []
-        for j in range(self.chunk):
-            at = step * self.chunk + j
-            if self.few:
-                at = jnp.where(self.is_few(active), at // self.slices, at)
-            ids.append(pages[lax.min(at, jnp.int32(self.pages - 1))])
-        return ids
 
     def out_types(self) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
         """u = x A^T, masked; and its slices."""
         padded = self.row_blocks * self.wgs * 64
         slices = (self.slices, self.pages * self.parts, padded, PAGE)
         return (
-            jax.ShapeDtypeStruct((self.parts, padded, self.depth * PAGE), self.dtype),
+            jax.ShapeDtypeStruct((self.parts, self.rows, self.pages * PAGE), self.dtype),
             jax.ShapeDtypeStruct(slices, jnp.float32),
         )
 
     def slice(
-        self, x: Any, a: Any, p: Any, u: Any, pages: Any, mask: Any, active: jax.Array, sx: Any,
-        sa: Any, full: Any,
+        self, x: Any, a: Any, p: Any, pages: Any, mask: Any, active: jax.Array, sx: Any, sa: Any,
+        full: Any,
     ) -> None:  # fmt: skip
-        """p[q, page and part, row] = x[row, slice q] A[page, part, slice q]^T, masked; of few pages
-        u[part, row, page and q]."""
+        """p[q, page and part, row] = x[row, slice q] A[page, part, slice q]^T, masked."""
         rows, parts = self.block, self.parts
         steps = self.width // 64 // self.slices
 
@@ -118,20 +92,6 @@ class Shrink(RowBlocks):
             """Asked for before it is known whether there is such a unit: nothing waits for both."""
             first = lax.min(place(i)[2] * self.group, jnp.int32(self.pages - self.group))
             return [pages[first + j] for j in range(self.group)]
-
-        def put(q: jax.Array, page: jax.Array, part: int, at: Any, values: jax.Array) -> None:
-            def slice_() -> None:
-                p.at[q, page * parts + part, at][...] = values
-
-            def rank() -> None:
-                ranks = pl.ds((page * self.slices + q) * PAGE, PAGE)
-                u.at[part, at, ranks][...] = values.astype(self.dtype)
-
-            if not self.few:
-                slice_()
-                return
-            pl.when(jnp.logical_not(self.is_few(active)))(slice_)
-            pl.when(self.is_few(active) & (page < active))(rank)
 
         def unit(i: jax.Array, carry: Any) -> Any:
             n, *ids = carry
@@ -174,7 +134,7 @@ class Shrink(RowBlocks):
                 for column in range(self.group * parts):
                     values = acc[:, column * PAGE : (column + 1) * PAGE]
                     own = lax.broadcast_in_dim(owns[j][column // parts], values.shape, [0])
-                    put(q, g * self.group + column // parts, column % parts, at, values * own)
+                    p.at[q, g * self.group * parts + column, at][...] = values * own
             return n + steps, *page_ids(i + 1)
 
         first = page_ids(0)
@@ -224,14 +184,6 @@ class Shrink(RowBlocks):
 
     def _last_first(self) -> jax.Array:
         return self.sms - 1 - lax.axis_index("sm")
-
-
-FEW = 2
-
-
-def few_pages(slices: int, chunk: int) -> int:
-    """Most active pages whose slices are ranks of their own: each costs whole expand steps."""
-    return FEW if slices % chunk == 0 else 0
 
 
 def cdiv(a: jax.Array | int, b: int) -> jax.Array:

@@ -154,24 +154,6 @@ class Counters:
         self.signal(which)
 
 
-def proxy_fence() -> None:
-    """Between numbers that threads write to global memory and the copy engine that reads them."""
-
-    @plgpu.inline_mgpu()
-    def fence(_: Any) -> None:
-        mgpu.inline_ptx(  # pyright: ignore[reportAttributeAccessIssue]
-            "fence.proxy.async;", has_side_effects=True
-        )
-
-    fence()
-
-
-def wait_for_u(barrier: Any) -> None:
-    """Until another warpgroup tells that u is there, for the copy engine."""
-    plgpu.barrier_wait(barrier)
-    proxy_fence()
-
-
 def signal(counter: Any, last: jax.Array) -> None:
     """One more on a counter (8 integers of which one is used) once this warpgroup's writes are
     seen everywhere; at `last` it wraps to zero."""

@@ -24,9 +24,6 @@ SMALL = Tuning(
     bn=64, bk=64, split=1, stages=2, slices=2, group=2, shrink_stages=2, tail=1
 )  # fmt: skip
 
-FEW = dataclasses.replace(SMALL, slices=4)
-"""Slices of one or two pages are ranks of their own: they fill whole expand steps."""
-
 
 def case(
     group: str, rows: testing.Rows
@@ -49,8 +46,6 @@ def case(
     ("group", "count", "name", "config"),
     [
         ("qkv", 13, "uniform", SMALL),
-        ("qkv", 13, "identical", FEW),
-        ("o", 16, "identical", dataclasses.replace(FEW, bk=128, slices=4, split=2, group=4)),
         ("down", 16, "zipf", Tuning(bn=64, bk=128, split=2, stages=2, slices=4, group=4,
                                     shrink_stages=2, tail=1)),
     ],
@@ -58,7 +53,7 @@ def case(
 def test_interpreted_kernel_matches_float64(
     group: str, count: int, name: str, config: Tuning
 ) -> None:
-    rows = testing.pattern(name, count, rank=16 if name == "identical" else None, resident=4)
+    rows = testing.pattern(name, count, rank=None, resident=4)
     rows.adapter[::5] = -1
     x, w, pool, segs, parts = case(group, rows)
     out = hopper.matmul(
