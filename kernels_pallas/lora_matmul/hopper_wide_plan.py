@@ -257,7 +257,7 @@ class Plan:
             m = stack * t.cluster + lax.axis_index("pair")
             own, most = cdiv(counts[m], CHUNK), lax.max(*chunks)
         expands = lax.max(cdiv(most - s, t.split), 0)
-        before = self.steps - t.tail
+        before = max(self.steps - t.tail, 0)
         early = max(before - t.early, 0)
 
         def if_there(steps: Any) -> jax.Array:
@@ -266,5 +266,5 @@ class Plan:
         return Tile(
             there=there, m=m, c=c, s=s, chunks=own, expands=if_there(expands),
             alone=if_there(min(t.alone, early)), early=if_there(early), before=if_there(before),
-            after=if_there(t.tail),
+            after=if_there(self.steps - before),
         )  # fmt: skip

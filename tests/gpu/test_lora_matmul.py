@@ -39,10 +39,11 @@ def inputs(
         ("o", "identical", 1, 16),
         ("o", "uniform", 13, None),
         ("gate_up", "distinct", 32, 16),
-        ("gate_up", "uniform", 100, None),  # two multiplying warpgroups
+        ("gate_up", "uniform", 100, None),  # hopper_wide from 65 rows on
         ("down", "uniform", 200, 16),
         ("qkv", "distinct", 64, 16),
         ("qkv", "zipf", 256, 16),
+        ("gate_up", "uniform", 256, 16),  # neighbours in a cluster with different pages
         ("o", "uniform", 1000, None),
         ("down", "zipf", 2048, 16),
         ("o", "identical", 4500, 16),  # row blocks that come late in a round
