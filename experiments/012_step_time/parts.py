@@ -73,9 +73,9 @@ def left_out(parts: str) -> Iterator[None]:
     if "shrink" in parts:
         Shrink._units_of_block = lambda self, total: jnp.int32(0)
     if "slices" in parts:
-        Plan.units_of_worker = lambda self, units: jnp.int32(0)
+        Plan.units_of_worker = lambda self, work: jnp.int32(0)
     if "sums" in parts:
-        hopper_wide_shrink.sums = lambda plan, r, index, meet: None
+        hopper_wide_shrink.sums = lambda plan, r, work, index, meet: None
     if "wait" in parts:
         Counters.meet = lambda self, which: None
         hopper_wide_produce.meet = lambda counter, target, last: None

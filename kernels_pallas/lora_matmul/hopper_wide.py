@@ -119,5 +119,5 @@ def _launch(
     whole, slices = k.call("shrink", (u, p), args, interpret)
     (summed,) = k.call("sum", (u,), (*args, slices), interpret)
     used = jnp.arange(u.shape[-1]) // PAGE < counts[:, None, None, None]
-    u = jnp.where(used & (k.slices(totals[0]) > 1), summed, whole)
+    u = jnp.where(used & (k.work(totals).slices > 1), summed, whole)
     return k.call("multiply", (y,), (*args, u), interpret)[0]

@@ -13,7 +13,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from kernels_pallas.lora_matmul import hopper_wide_shrink
 from kernels_pallas.lora_matmul.hopper_shrink import ACC
 from kernels_pallas.lora_matmul.hopper_sync import interpreter, meet, signal
-from kernels_pallas.lora_matmul.hopper_wide_plan import SLICES_THERE, U_THERE, Plan, Refs
+from kernels_pallas.lora_matmul.hopper_wide_plan import SLICES_THERE, U_THERE, Plan, Refs, Work
 from kernels_pallas.lora_matmul.hopper_wide_produce import produce
 from kernels_pallas.lora_matmul.hopper_wide_tuning import BK, BM, CHUNK, WGS
 from kernels_pallas.lora_matmul.types import PAGE
@@ -102,13 +102,13 @@ class Wide(Plan):
         }[phase]()
         names = [field.name for field in dataclasses.fields(Refs)]
         r = Refs(**dict(zip(names, (*inputs, y, u, p, *scratch), strict=True)))
-        wg = lax.axis_index("wg")
+        wg, work = lax.axis_index("wg"), self.work(r.totals)
 
         @pl.when(wg == WGS)
         def _() -> None:
             plgpu.set_max_registers(self.registers[1], action="decrease")
             if phase != "sum":
-                produce(self, phase, r)
+                produce(self, phase, r, work)
 
         if self.summing == 1:
 
@@ -117,29 +117,29 @@ class Wide(Plan):
                 plgpu.set_max_registers(self.registers[2], action="decrease")
                 if phase == "all":  # fences are not for those who multiply
 
-                    @pl.when(self.has_unit(r.totals[0], 0))
+                    @pl.when(self.has_unit(work, 0))
                     def _() -> None:
                         plgpu.barrier_wait(r.sliced)
-                        self.announce(r)
+                        self.announce(r, work)
 
                 if phase in ("all", "sum"):
-                    self.sum(phase, r, self.rank())
+                    self.sum(phase, r, work, self.rank())
 
         @pl.when(wg < WGS)
         def _() -> None:
             plgpu.set_max_registers(self.registers[0], action="increase")
             if phase != "sum":
-                self.multiply(phase, r)
+                self.multiply(phase, r, work)
             elif self.summing > 1:
-                self.sum(phase, r, self.rank() * WGS + wg)
+                self.sum(phase, r, work, self.rank() * WGS + wg)
 
     # The warpgroups that multiply: 64 rows each.
 
-    def multiply(self, phase: str, r: Refs) -> None:
+    def multiply(self, phase: str, r: Refs, work: Work) -> None:
         """Consume the ring: tiles, and beside a block's first tile its units of the shrink."""
-        t, units, wg = self.t, r.totals[0], lax.axis_index("wg")
+        t, wg = self.t, lax.axis_index("wg")
         lanes = pl.ds(wg * 64, 64)
-        first = () if phase == "multiply" else hopper_wide_shrink.unit(self, r, 0)
+        first = () if phase == "multiply" else hopper_wide_shrink.unit(self, r, work, 0)
 
         def release(n: jax.Array) -> None:
             plgpu.barrier_arrive(r.empty.at[lax.rem(n, jnp.int32(t.stages))])
@@ -179,11 +179,11 @@ class Wide(Plan):
                 self.store_y(r, before, j)
 
         def shrink(now: jax.Array, n: jax.Array) -> jax.Array:
-            count = jnp.where(now, self.units_of_worker(units), 0)
-            n = hopper_wide_shrink.slices(self, r, first, count, n, release)
-            mine = now & self.has_unit(units, 0)
+            count = jnp.where(now, self.units_of_worker(work), 0)
+            n = hopper_wide_shrink.slices(self, r, work, first, count, n, release)
+            mine = now & self.has_unit(work, 0)
             if phase == "all" and self.summing > 1:
-                pl.when(mine)(partial(self.announce, r))
+                pl.when(mine)(partial(self.announce, r, work))
             elif phase == "all":
                 pl.when(mine)(lambda: plgpu.barrier_arrive(r.sliced))
             return n
@@ -201,7 +201,7 @@ class Wide(Plan):
                         at = shrink(i == 0, at)
                     else:  # the slices of others are there by now
                         index = self.rank() * WGS + wg
-                        pl.when(i == 0)(partial(self.sum, phase, r, index))
+                        pl.when(i == 0)(partial(self.sum, phase, r, work, index))
                 if t.overlap:
                     again = (i > 0).astype(jnp.int32)
                     at = lax.fori_loop(0, again, lambda _, at: begin(acc, last, at), at)
@@ -234,9 +234,9 @@ class Wide(Plan):
             pl.when(tiles > 0)(partial(flush, last))
         plgpu.wait_smem_to_gmem(0, wait_read_only=False)
 
-    def announce(self, r: Refs) -> None:
+    def announce(self, r: Refs, work: Work) -> None:
         """Slices are there, or a part of u."""
-        writers, summers = self.writers(r.totals), self.summers(r.totals)
+        writers, summers = work.writers, work.summers
 
         @pl.when(summers > 0)
         def _() -> None:
@@ -246,9 +246,9 @@ class Wide(Plan):
         def _() -> None:
             signal(r.sync.at[U_THERE], writers + self.readers - 1)
 
-    def sum(self, phase: str, r: Refs, index: jax.Array) -> None:
+    def sum(self, phase: str, r: Refs, work: Work, index: jax.Array) -> None:
         """What the warpgroup of that number among those that sum has to sum."""
-        writers, summers = self.writers(r.totals), self.summers(r.totals)
+        writers, summers = work.writers, work.summers
 
         def wait() -> None:
             if phase == "all":
@@ -256,7 +256,7 @@ class Wide(Plan):
 
         @pl.when(index < summers)
         def _() -> None:
-            hopper_wide_shrink.sums(self, r, index, wait)
+            hopper_wide_shrink.sums(self, r, work, index, wait)
             if phase == "all":
                 signal(r.sync.at[U_THERE], summers + self.readers - 1)
 

@@ -47,6 +47,28 @@ class Refs:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Work:
+    """How the shrink is cut and dealt: the same in all blocks."""
+
+    units: jax.Array
+    """Groups of pages of row blocks."""
+    slices: jax.Array
+    """Parts of K, each a unit of work; 1: u needs no sum."""
+    steps: jax.Array
+    """K steps of a unit."""
+    spread: jax.Array
+    """Blocks that units are dealt to."""
+    sums: jax.Array
+    """Sums of slices, each of a page's u for 64 rows and one part."""
+    sum_stride: jax.Array
+    """Warpgroups that sums are dealt to."""
+    writers: jax.Array
+    """Warpgroups that tell that slices (or u itself) are there."""
+    summers: jax.Array
+    """Warpgroups that sum."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Tile:
     """One tile of y."""
 
@@ -153,6 +175,24 @@ class Plan:
         """Blocks with a tile less than others."""
         return -self.tiles % self.workers * self.t.cluster
 
+    def work(self, totals: Any) -> Work:
+        """How the shrink is cut and dealt, from how many units and pages there are."""
+        units, pages = totals[0], totals[1]
+        # Blocks with fewer tiles do it all if they are through before others' first tiles need u.
+        few = self._slices(units, self.light)
+        alone = (units <= self.light) & (self.width // BK // few <= int(0.6 * self.steps))
+        slices = jnp.where(alone, few, self._slices(units, self.blocks))
+        spread = jnp.where(alone, jnp.int32(max(self.light, 1)), self.blocks)
+        sums = jnp.where(slices > 1, pages * (WGS * self.parts), 0)
+        # Sums stop a tile where they have no warpgroup of their own.
+        sum_spread = jnp.int32(self.blocks) if self.summing == 1 else spread
+        return Work(
+            units=units, slices=slices, steps=self.width // BK // slices, spread=spread,
+            sums=sums, sum_stride=sum_spread * self.summing,
+            writers=lax.min(units * slices, spread) * self.summing,
+            summers=lax.min(sums, sum_spread * self.summing),
+        )  # fmt: skip
+
     def _slices(self, units: jax.Array, blocks: int) -> jax.Array:
         """Parts of K, such that none of so many blocks has two units; 1 if there are more units."""
         steps, slices, more = self.width // BK, jnp.int32(1), 2
@@ -161,20 +201,6 @@ class Plan:
             more *= 2
         return slices
 
-    def slices(self, units: jax.Array) -> jax.Array:
-        """Parts of K; 1: u needs no sum."""
-        few, many = self._slices(units, self.light), self._slices(units, self.blocks)
-        return jnp.where(self._light_do(units), few, many)
-
-    def spread(self, units: jax.Array) -> jax.Array:
-        """Blocks that the units are dealt to."""
-        return jnp.where(self._light_do(units), jnp.int32(max(self.light, 1)), self.blocks)
-
-    def _light_do(self, units: jax.Array) -> jax.Array:
-        """Whether those with fewer tiles can do it before others' first tiles need u."""
-        steps = self.width // BK // self._slices(units, self.light)
-        return (units <= self.light) & (steps <= int(0.6 * self.steps))
-
     def rank(self) -> jax.Array:
         """This block of threads, counted from the last."""
         last = jnp.int32(self.workers - 1) - lax.axis_index("worker")
@@ -182,48 +208,22 @@ class Plan:
             return last
         return last * self.t.cluster + lax.axis_index("pair")
 
-    def units_of_worker(self, units: jax.Array) -> jax.Array:
+    def units_of_worker(self, work: Work) -> jax.Array:
         """Blocks of a cluster take equally many; one of them may have none left for the last."""
         first = (self.workers - 1 - lax.axis_index("worker")) * self.t.cluster
-        spread = self.spread(units)
-        count = (units * self.slices(units) - first + spread - 1) // spread
-        return jnp.where(first < spread, lax.max(count, 0), 0)
+        count = (work.units * work.slices - first + work.spread - 1) // work.spread
+        return jnp.where(first < work.spread, lax.max(count, 0), 0)
 
-    def has_unit(self, units: jax.Array, i: jax.Array | int) -> jax.Array:
-        spread = self.spread(units)
-        return (self.rank() + i * spread < units * self.slices(units)) & (self.rank() < spread)
+    def has_unit(self, work: Work, i: jax.Array | int) -> jax.Array:
+        number = self.rank() + i * work.spread
+        return (number < work.units * work.slices) & (self.rank() < work.spread)
 
-    def unit(self, r: Refs, i: jax.Array | int) -> tuple[jax.Array, ...]:
+    def unit(self, r: Refs, work: Work, i: jax.Array | int) -> tuple[jax.Array, ...]:
         """Its number among all slices, row block, group of pages, part of K."""
-        units = r.totals[0]
-        slices = self.slices(units)
-        number = self.rank() + i * self.spread(units)
-        number = lax.min(number, lax.max(units * slices, jnp.int32(1)) - 1)
-        index = number // slices
-        return number, r.units[0, index], r.units[1, index], number - index * slices
-
-    def unit_steps(self, units: jax.Array) -> jax.Array:
-        """K steps of a unit."""
-        return self.width // BK // self.slices(units)
-
-    def sums(self, totals: Any) -> jax.Array:
-        """Sums of slices, each of a page's u for 64 rows and one part."""
-        return jnp.where(self.slices(totals[0]) > 1, totals[1] * (WGS * self.parts), 0)
-
-    def writers(self, totals: Any) -> jax.Array:
-        """Warpgroups that tell that slices (or u itself) are there."""
-        units = totals[0]
-        return lax.min(units * self.slices(units), self.spread(units)) * self.summing
-
-    def summers(self, totals: Any) -> jax.Array:
-        """Warpgroups that sum."""
-        return lax.min(self.sums(totals), self.spread_sums(totals) * self.summing)
-
-    def spread_sums(self, totals: Any) -> jax.Array:
-        """Blocks that the sums are dealt to: where they stop a tile, those with fewer tiles."""
-        if self.summing == 1:
-            return jnp.int32(self.blocks)
-        return self.spread(totals[0])
+        number = self.rank() + i * work.spread
+        number = lax.min(number, lax.max(work.units * work.slices, jnp.int32(1)) - 1)
+        index = number // work.slices
+        return number, r.units[0, index], r.units[1, index], number - index * work.slices
 
     @property
     def readers(self) -> int:

@@ -9,14 +9,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.lora_matmul.hopper_sync import meet
-from kernels_pallas.lora_matmul.hopper_wide_plan import U_THERE, Plan, Refs
+from kernels_pallas.lora_matmul.hopper_wide_plan import U_THERE, Plan, Refs, Work
 from kernels_pallas.lora_matmul.hopper_wide_tuning import BK, BM, CHUNK
 from kernels_pallas.lora_matmul.types import PAGE
 
 
-def produce(plan: Plan, phase: str, r: Refs) -> None:
+def produce(plan: Plan, phase: str, r: Refs, work: Work) -> None:
     """Stream tiles of x and w, of x and A between them, and of u and B, into the ring."""
-    t, units = plan.t, r.totals[0]
+    t = plan.t
     ends = [sum(plan.part_sizes[: j + 1]) // t.bn for j in range(plan.parts)]
     multicast: dict[str, Any] = {"collective_axes": "pair"} if t.cluster > 1 else {}
 
@@ -26,12 +26,12 @@ def produce(plan: Plan, phase: str, r: Refs) -> None:
         return slot
 
     def unit(i: jax.Array, n: jax.Array) -> jax.Array:
-        _, m, g, q = plan.unit(r, i)
-        steps, height = plan.unit_steps(units), plan.parts * PAGE
+        _, m, g, q = plan.unit(r, work, i)
+        height = plan.parts * PAGE
         ids = [r.ids[m, g * plan.group + j] for j in range(plan.group)]
 
         def step(j: jax.Array, n: jax.Array) -> jax.Array:
-            slot, depth = acquire(n), pl.ds((q * steps + j) * BK, BK)
+            slot, depth = acquire(n), pl.ds((q * work.steps + j) * BK, BK)
             full = r.full_shrink.at[slot]
             plgpu.copy_gmem_to_smem(r.x.at[pl.ds(m * BM, BM), depth], r.xs.at[slot], full)
             for g, page in enumerate(ids):
@@ -39,7 +39,7 @@ def produce(plan: Plan, phase: str, r: Refs) -> None:
                 plgpu.copy_gmem_to_smem(r.a.at[page, :, depth], there, full)
             return n + 1
 
-        return lax.fori_loop(0, steps, step, n)
+        return lax.fori_loop(0, work.steps, step, n)
 
     def one_tile(i: jax.Array, n: jax.Array) -> jax.Array:
         k = plan.tile(r.counts, i)
@@ -83,14 +83,13 @@ def produce(plan: Plan, phase: str, r: Refs) -> None:
 
         n = lax.fori_loop(0, k.alone, base, n)
         if phase == "all" and plan.summing == 1:
-            n = lax.fori_loop(0, jnp.where(i == 0, plan.units_of_worker(units), 0), unit, n)
+            n = lax.fori_loop(0, jnp.where(i == 0, plan.units_of_worker(work), 0), unit, n)
         n = lax.fori_loop(k.alone, k.early, base, n)
         if phase == "all":
 
-            @pl.when((i == 0) & (units > 0) & k.there)
+            @pl.when((i == 0) & (work.units > 0) & k.there)
             def _() -> None:
-                summers = plan.summers(r.totals)
-                signals = jnp.where(summers > 0, summers, plan.writers(r.totals))
+                signals = jnp.where(work.summers > 0, work.summers, work.writers)
                 meet(r.sync.at[U_THERE], signals, signals + plan.readers - 1)
 
         n = lax.fori_loop(k.early, k.before, base, n)
@@ -99,7 +98,7 @@ def produce(plan: Plan, phase: str, r: Refs) -> None:
 
     n = jnp.int32(0)
     if phase == "shrink" or (phase == "all" and plan.summing > 1):
-        n = lax.fori_loop(0, plan.units_of_worker(units), unit, n)
+        n = lax.fori_loop(0, plan.units_of_worker(work), unit, n)
     if phase != "shrink":
         least = 1 if phase == "all" else 0  # a block without a tile may have units
         tiles = lax.max(plan.tiles_of_worker(), jnp.int32(least))

@@ -12,7 +12,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.lora_matmul.hopper_shrink import ACC
 from kernels_pallas.lora_matmul.hopper_sync import load
-from kernels_pallas.lora_matmul.hopper_wide_plan import Plan, Refs
+from kernels_pallas.lora_matmul.hopper_wide_plan import Plan, Refs, Work
 from kernels_pallas.lora_matmul.hopper_wide_tuning import BM, CHUNK, WGS
 from kernels_pallas.lora_matmul.types import PAGE
 
@@ -21,13 +21,13 @@ LOT = 8
 
 
 def slices(
-    plan: Plan, r: Refs, first: Any, count: jax.Array, n: jax.Array,
+    plan: Plan, r: Refs, work: Work, first: Any, count: jax.Array, n: jax.Array,
     release: Callable[[jax.Array], None],
 ) -> jax.Array:  # fmt: skip
     """`count` of this block's units, from ring step n on: slices of u, or u itself where K is not cut.
     `first`: what `unit` said of the first."""
-    wg, t, units = lax.axis_index("wg"), plan.t, r.totals[0]
-    lanes, steps, whole = pl.ds(wg * 64, 64), plan.unit_steps(units), plan.slices(units) == 1
+    wg, t, whole = lax.axis_index("wg"), plan.t, work.slices == 1
+    lanes = pl.ds(wg * 64, 64)
 
     def one(i: jax.Array, carry: Any) -> Any:
         n, number, m, g, q, used, *owns = carry
@@ -42,50 +42,50 @@ def slices(
                 pl.when(j > 0)(partial(release, n + t.stages - 1))
                 return n + 1
 
-            after = lax.fori_loop(0, steps, step, n)
+            after = lax.fori_loop(0, work.steps, step, n)
             plgpu.wgmma_wait(0)
             release(after + t.stages - 1)
             return acc[...], after
 
         u, n = pl.run_scoped(accumulate, ACC((64, plan.a_rows), jnp.float32))
-        there = plan.has_unit(units, i)
+        there, values = plan.has_unit(work, i), []
         for column in range(plan.group * plan.parts):
-            page, part = divmod(column, plan.parts)
             value = u[:, column * PAGE : (column + 1) * PAGE]
-            value = value * lax.broadcast_in_dim(owns[page], value.shape, [0])
+            own = lax.broadcast_in_dim(owns[column // plan.parts], value.shape, [0])
+            values.append(value * own)
 
-            @pl.when(there & jnp.logical_not(whole))
-            def _(column: int = column, value: jax.Array = value) -> None:
+        @pl.when(there & jnp.logical_not(whole))
+        def _() -> None:
+            for column, value in enumerate(values):
                 r.p.at[number, wg, column][...] = value
 
-            unused = (q == 0) & (g * plan.group + page >= used)  # zeros; nobody sums them
+        @pl.when(there & whole)
+        def _() -> None:
+            for column, value in enumerate(values):
+                page, part = divmod(column, plan.parts)
+                u = place_u(plan, r, m, g * plan.group + page, part, wg)
+                u[...] = value.astype(plan.dtype)
 
-            @pl.when(there & (whole | unused))
-            def _(page: int = page, part: int = part, value: jax.Array = value) -> None:
-                place_u(plan, r, m, g * plan.group + page, part, wg)[...] = value.astype(plan.dtype)
+        def zero(place: jax.Array, carry: None) -> None:
+            zeros = plgpu.layout_cast(jnp.zeros((64, PAGE), plan.dtype), plgpu.Layout.WGMMA)
+            for part in range(plan.parts):
+                place_u(plan, r, m, place, part, wg)[...] = zeros
 
-        lots = CHUNK // plan.group
-        fills = there & (whole | (q == 0)) & ((g + 1) * plan.group >= used)
-        for more in range(1, lots):  # up to a whole expand step
+        @pl.when(there & (whole | (q == 0)) & ((g + 1) * plan.group >= used))
+        def _() -> None:  # the rest of the last expand step: nobody sums it
+            end = (g * plan.group // CHUNK + 1) * CHUNK
+            lax.fori_loop(used, end, zero, None)
 
-            @pl.when(fills & (lax.rem(g, jnp.int32(lots)) + more < lots))
-            def _(more: int = more) -> None:
-                zeros = plgpu.layout_cast(jnp.zeros((64, PAGE), plan.dtype), plgpu.Layout.WGMMA)
-                for page in range(plan.group):
-                    for part in range(plan.parts):
-                        at = (g + more) * plan.group + page
-                        place_u(plan, r, m, at, part, wg)[...] = zeros
-
-        return n, *unit(plan, r, i + 1)
+        return n, *unit(plan, r, work, i + 1)
 
     n, *_ = lax.fori_loop(0, count, one, (n, *first))
     return n
 
 
-def unit(plan: Plan, r: Refs, i: jax.Array | int) -> tuple[jax.Array, ...]:
+def unit(plan: Plan, r: Refs, work: Work, i: jax.Array | int) -> tuple[jax.Array, ...]:
     """What slices have to know of a block's unit: asked for early, because these reads depend on one
     another."""
-    number, m, g, q = plan.unit(r, i)
+    number, m, g, q = plan.unit(r, work, i)
     lines = pl.ds(pl.multiple_of(m * BM + lax.axis_index("wg") * 64, 64), 64)
     owns = [
         load(r.mask, (r.places[m, g * plan.group + page], lines), plgpu.Layout.WGMMA.reduce(1))
@@ -94,11 +94,11 @@ def unit(plan: Plan, r: Refs, i: jax.Array | int) -> tuple[jax.Array, ...]:
     return number, m, g, q, r.counts[m], *owns
 
 
-def sums(plan: Plan, r: Refs, index: Any, meet: Callable[[], None]) -> None:
+def sums(plan: Plan, r: Refs, work: Work, index: Any, meet: Callable[[], None]) -> None:
     """A warpgroup's share of the sums over slices; `index`: its number among those that sum. It calls
     `meet` to wait for the slices."""
-    count, each = plan.slices(r.totals[0]), WGS * plan.parts
-    total, stride = plan.sums(r.totals), plan.spread_sums(r.totals) * plan.summing
+    count, each = work.slices, WGS * plan.parts
+    total, stride = work.sums, work.sum_stride
 
     def which(i: jax.Array | int) -> tuple[jax.Array, ...]:
         at = lax.max(lax.min(index + i * stride, total - 1), 0)
