@@ -1,10 +1,11 @@
 """The fused LoRA matmul for Hopper: base GEMM, shrink and expand in ONE launch (Mosaic GPU).
 
 One persistent block an SM. A producer warpgroup streams tiles of w through shared memory to the
-multiplying warpgroups; beside them a shrink warpgroup computes u = x A^T of the active pages:
+multiplying warpgroup; beside them a shrink warpgroup computes u = x A^T of the active pages:
 slices of K first (`p`), summed in a second pass after a grid-wide wait. Expanding is then nothing
 but a few more K steps of the base GEMM, [x | u] @ [w ; B], taken before the last tiles of w so
-that nothing waits for them. No shape depends on how many pages are active.
+that nothing waits for them. No shape depends on how many pages are active. That is for up to 64
+rows; hopper_wide has the launch for more.
 """
 
 from functools import partial
@@ -51,6 +52,8 @@ def matmul(
     rows = padded_rows(x.shape[0])
     tiles = tuning if rows <= NARROW_ROWS else hopper_wide_tuning.tuning
     config = config or tiles(rows, x.shape[1], part_sizes, sms)
+    if isinstance(config, Tuning):
+        refuse_many_rows(x)
     return _matmul(part_sizes, config, sms, interpret, x, w, pool, segments)
 
 
@@ -66,8 +69,7 @@ def base_matmul(
     """`x @ w` alone, as `matmul` gives it: the same launch without a shrink. A decoder's step of 32
     rows is 2% faster with it than with XLA's matmuls, which split K of three projections in four."""
     refuse(x, w, None, interpret)
-    if x.shape[0] > NARROW_ROWS:
-        raise NotImplementedError(f"{x.shape[0]} rows: up to {NARROW_ROWS} are supported")
+    refuse_many_rows(x)
     sms = sms or device_sms()
     config = config or base_tuning(padded_rows(x.shape[0]), x.shape[1], part_sizes, sms)
     return _matmul(part_sizes, config, sms, interpret, x, w, None, None)
@@ -100,10 +102,15 @@ def refuse(x: jax.Array, w: jax.Array, pool: RankPool | None, interpret: bool) -
         raise NotImplementedError(f"the kernel needs jax 0.11, this is {jax.__version__}")
 
 
+def refuse_many_rows(x: jax.Array) -> None:
+    """NotImplementedError for more than the launch for few rows takes."""
+    if x.shape[0] > NARROW_ROWS:
+        raise NotImplementedError(f"{x.shape[0]} rows: up to {NARROW_ROWS} are supported")
+
+
 def padded_rows(rows: int) -> int:
     """With what the launch adds to make tiles."""
-    step = 8 if rows <= 64 else 128
-    return -(-rows // step) * step
+    return -(-rows // 8) * 8
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))

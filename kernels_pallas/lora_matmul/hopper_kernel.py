@@ -10,17 +10,19 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels_pallas.lora_matmul.hopper_shrink import ACC, RowBlocks, Shrink, cdiv
+from kernels_pallas.lora_matmul.hopper_shrink import ACC, Shrink, cdiv
 from kernels_pallas.lora_matmul.hopper_sync import Counters, Ring, interpreter
 from kernels_pallas.lora_matmul.hopper_tuning import Tuning
 from kernels_pallas.lora_matmul.types import PAGE
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Kernel(RowBlocks):
-    """Static facts of one launch, and its body. Letters: m row block, s K split, c column tile, n step
-    since the block began."""
+class Kernel:
+    """Static facts of one launch, and its body. Letters: s K split, c column tile, n step since the
+    block began."""
 
+    rows: int
+    """Of x: a multiple of 8, up to 64."""
     width: int
     part_sizes: tuple[int, ...]
     pages: int
@@ -64,7 +66,7 @@ class Kernel(RowBlocks):
         self, phase: str, out: tuple[Any, ...], args: tuple[jax.Array, ...], interpret: bool = False
     ) -> tuple[jax.Array, ...]:
         """Launch one phase, or "all"."""
-        t, over = self.t, 64 * self.wgs - self.block
+        t, over = self.t, 64 - self.rows
         swizzled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
         out_cols = 128 // self.out_dtype.itemsize
         out_swizzled = (plgpu.TilingTransform((8, out_cols)), plgpu.SwizzleTransform(128))
@@ -73,20 +75,18 @@ class Kernel(RowBlocks):
         scratch = [
             # x tiles lie one after another and are read 64 rows at a time: rows beyond the
             # tile's own are another tile's, and their results are never stored.
-            tile((t.stages * self.block + over, t.bk)),
+            tile((t.stages * self.rows + over, t.bk)),
             tile((t.stages, t.bk, t.bn)),
-            plgpu.SMEM(
-                (self.wgs, min(2, t.bn // 64), 64, 64), self.out_dtype, transforms=out_swizzled
-            ),
+            plgpu.SMEM((min(2, t.bn // 64), 64, 64), self.out_dtype, transforms=out_swizzled),
             full(num_arrivals=2),
-            full(num_arrivals=self.wgs),
+            full(num_arrivals=1),
         ]
         if self.pages:
             scratch += [
                 full(num_arrivals=1 + self.chunk),
-                tile((t.shrink_stages * self.block + over, 64)),
+                tile((t.shrink_stages * self.rows + over, 64)),
                 tile((t.shrink_stages, t.group * self.parts * PAGE, 64)),
-                plgpu.SMEM((self.store_rows, PAGE), self.dtype),
+                plgpu.SMEM((self.rows, PAGE), self.dtype),
                 plgpu.Barrier(num_arrivals=1 + t.group, num_barriers=t.shrink_stages),
                 plgpu.Barrier(num_arrivals=1),
             ]
@@ -97,7 +97,7 @@ class Kernel(RowBlocks):
             out_type=out,
             grid=(self.sms,),
             grid_names=("sm",),
-            num_threads=self.wgs + (2 if self.pages else 1),
+            num_threads=3 if self.pages else 2,
             thread_name="wg",
             scratch_types=scratch,
             compiler_params=plgpu.CompilerParams(),
@@ -106,18 +106,18 @@ class Kernel(RowBlocks):
         return kernel(*args)
 
     def body(self, phase: str, *refs: Any) -> None:
-        """What every warpgroup of every block runs. `phase`: "all", or one of three launches. Without
-        rank pages: "multiply" alone."""
+        """What every warpgroup of every block runs: 0 multiplies, 1 streams, 2 shrinks. `phase`: "all",
+        or one of three launches. Without rank pages: "multiply" alone."""
         wg = lax.axis_index("wg")
         if not self.pages:
             x, w, y, xs, ws, ys, full, empty = refs
-            ring = Ring(self.t.stages, self.block, xs, ws, full, full, empty)
+            ring = Ring(self.t.stages, self.rows, xs, ws, full, full, empty)
 
-            @pl.when(wg == self.wgs)
+            @pl.when(wg == 1)
             def _() -> None:
                 self.produce(ring, x, w, None, None, None, jnp.int32(0), None)
 
-            pl.when(wg < self.wgs)(partial(self.multiply, ring, y, ys, jnp.int32(0)))
+            pl.when(wg == 0)(partial(self.multiply, ring, y, ys, jnp.int32(0)))
             return
         x, w, a, b, pages, count, mask, sync = refs[:8]
         rest, scratch = refs[8:-11], refs[-11:]
@@ -130,23 +130,16 @@ class Kernel(RowBlocks):
         xs, ws, ys, full, empty, full_expand, sx, sa, us, full_shrink, u_there = scratch
         counters = Counters(sync, self.sms) if phase == "all" else None
         active = count[0]
-        ring = Ring(self.t.stages, self.block, xs, ws, full, full_expand, empty)
+        ring = Ring(self.t.stages, self.rows, xs, ws, full, full_expand, empty)
 
-        # Registers: warpgroups share 64 K of them, the multiplying ones hold the accumulators.
-        registers = {1: None, 2: (184, 40, 96)}[self.wgs]
-
-        @pl.when(wg == self.wgs)
+        @pl.when(wg == 1)
         def _() -> None:
-            if registers:
-                plgpu.set_max_registers(registers[1], action="decrease")
             if phase in ("all", "multiply"):
                 ready = u_there if counters else None
                 self.produce(ring, x, w, b, u, pages, active, ready)
 
-        @pl.when(wg == self.wgs + 1)
+        @pl.when(wg == 2)
         def _() -> None:
-            if registers:
-                plgpu.set_max_registers(registers[2], action="decrease")
             if phase in ("all", "slices"):
                 self.shrink.slice(x, a, p, pages, mask, active, sx, sa, full_shrink)
             if counters:
@@ -157,10 +150,8 @@ class Kernel(RowBlocks):
                 pl.when(active > 0)(partial(counters.meet, 1))
                 pl.when(active > 0)(lambda: plgpu.barrier_arrive(u_there))
 
-        @pl.when(wg < self.wgs)
+        @pl.when(wg == 0)
         def _() -> None:
-            if registers:
-                plgpu.set_max_registers(registers[0], action="increase")
             if phase in ("all", "multiply"):
                 self.multiply(ring, y, ys, active)
 
@@ -168,14 +159,13 @@ class Kernel(RowBlocks):
     # last, so that blocks without a tile take that first.
 
     def _tiles_of_block(self) -> jax.Array:
-        total = self.tiles * self.t.split * self.row_blocks
+        total = self.tiles * self.t.split
         return (total - lax.axis_index("sm") + self.sms - 1) // self.sms
 
-    def _tile(self, i: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Row block, column tile and K split. Row blocks that share a tile of w are neighbours."""
+    def _tile(self, i: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Column tile and K split."""
         unit = lax.axis_index("sm") + i * self.sms
-        m, rest = lax.rem(unit, jnp.int32(self.row_blocks)), unit // self.row_blocks
-        return m, lax.rem(rest, jnp.int32(self.tiles)), rest // self.tiles
+        return lax.rem(unit, jnp.int32(self.tiles)), unit // self.tiles
 
     def _expands(self, active: jax.Array, s: jax.Array) -> jax.Array:
         """Expand steps of a tile: K splits take chunks of pages in turn."""
@@ -192,7 +182,7 @@ class Kernel(RowBlocks):
         """Stream tiles of x and w, and in between of u and B, into the ring. Whatever this warpgroup
         waits for, the stream of w waits for too: page numbers are read a step ahead, and u is waited
         for at a barrier in shared memory."""
-        t, rows = self.t, self.block
+        t = self.t
         ends = [sum(self.part_sizes[: j + 1]) // t.bn for j in range(self.parts)]
 
         def page_ids(s: jax.Array, e: jax.Array | int) -> list[jax.Array]:
@@ -202,8 +192,8 @@ class Kernel(RowBlocks):
 
         def tile(i: jax.Array, carry: Any) -> Any:
             n, waited = carry
-            m, c, s = self._tile(i)
-            x_rows, columns = pl.ds(m * rows, rows), pl.ds(c * t.bn, t.bn)
+            c, s = self._tile(i)
+            columns = pl.ds(c * t.bn, t.bn)
             ids = page_ids(s, 0) if self.pages else []
             part = jnp.int32(0)
             for end in ends[:-1]:
@@ -213,7 +203,7 @@ class Kernel(RowBlocks):
                 x_tile, w_tile, slot = ring.acquire(n)
                 depth = pl.ds((s * self._steps + k) * t.bk, t.bk)
                 plgpu.copy_gmem_to_smem(w.at[depth, columns], w_tile, ring.full.at[slot])
-                plgpu.copy_gmem_to_smem(x.at[x_rows, depth], x_tile, ring.full.at[slot])
+                plgpu.copy_gmem_to_smem(x.at[:, depth], x_tile, ring.full.at[slot])
                 return n + 1
 
             def load_expand(e: jax.Array, carry: Any) -> Any:
@@ -226,7 +216,7 @@ class Kernel(RowBlocks):
                 if ready is not None:
                     pl.when((e == 0) & (waited == 0))(lambda: plgpu.barrier_wait(ready))
                 ranks = pl.ds((s + e * t.split) * self.chunk * PAGE, t.bk)
-                plgpu.copy_gmem_to_smem(u.at[part, x_rows, ranks], x_tile, barrier)
+                plgpu.copy_gmem_to_smem(u.at[part, :, ranks], x_tile, barrier)
                 return n + 1, *page_ids(s, e + 1)
 
             n = lax.fori_loop(0, self._steps - t.tail, load_base, n)
@@ -241,31 +231,28 @@ class Kernel(RowBlocks):
         ring.drain(n)
 
     def multiply(self, ring: Any, y: Any, ys: Any, active: jax.Array) -> None:
-        """Consume the ring: 64 rows of x a warpgroup."""
-        wg, t = lax.axis_index("wg"), self.t
+        """Consume the ring, and store y."""
+        t = self.t
 
         def tile(i: jax.Array, n: jax.Array) -> jax.Array:
-            m, c, s = self._tile(i)
+            c, s = self._tile(i)
 
             def accumulate(acc: Any) -> tuple[jax.Array, jax.Array]:
-                k = ring.consume(acc, wg, ring.full, self._steps - t.tail, n)
+                k = ring.consume(acc, ring.full, self._steps - t.tail, n)
                 if self.pages:
-                    k = ring.consume(acc, wg, ring.full_expand, self._expands(active, s), k)
-                k = ring.consume(acc, wg, ring.full, t.tail, k)
+                    k = ring.consume(acc, ring.full_expand, self._expands(active, s), k)
+                k = ring.consume(acc, ring.full, t.tail, k)
                 return acc[...], k
 
             acc, n = pl.run_scoped(accumulate, ACC((64, t.bn), jnp.float32))
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            y_rows = pl.ds(m * self.block + wg * 64, self.store_rows)
             for j in range(t.bn // 64):
                 if j > 1:
                     plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-                ys[wg, j % 2] = acc[:, 64 * j : 64 * j + 64].astype(self.out_dtype)
+                ys[j % 2] = acc[:, 64 * j : 64 * j + 64].astype(self.out_dtype)
                 plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(
-                    ys.at[wg, j % 2, pl.ds(0, self.store_rows)],
-                    y.at[s, y_rows, pl.ds(c * t.bn + 64 * j, 64)],
-                )
+                there = y.at[s, :, pl.ds(c * t.bn + 64 * j, 64)]
+                plgpu.copy_smem_to_gmem(ys.at[j % 2, pl.ds(0, self.rows)], there)
             return n
 
         lax.fori_loop(0, self._tiles_of_block(), tile, jnp.int32(0))

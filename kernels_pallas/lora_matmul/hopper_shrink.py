@@ -21,34 +21,11 @@ ACC = plgpu.ACC  # pyright: ignore[reportPrivateImportUsage]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RowBlocks:
-    """How rows of x are cut."""
+class Shrink:
+    """Static facts of a shrink. Letters: q slice of K, g group of pages."""
 
     rows: int
-
-    @property
-    def block(self) -> int:
-        """Rows of x in one tile."""
-        return min(self.rows, 128)
-
-    @property
-    def row_blocks(self) -> int:
-        return self.rows // self.block
-
-    @property
-    def wgs(self) -> int:
-        """Multiplying warpgroups: 64 rows each."""
-        return -(-self.block // 64)
-
-    @property
-    def store_rows(self) -> int:
-        return min(self.block, 64)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Shrink(RowBlocks):
-    """Static facts of a shrink. Letters: q slice of K, g group of pages, m row block."""
-
+    """Of x: a multiple of 8, up to 64."""
     width: int
     parts: int
     """Projections that share x."""
@@ -67,8 +44,7 @@ class Shrink(RowBlocks):
 
     def out_types(self) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
         """u = x A^T, masked; and its slices."""
-        padded = self.row_blocks * self.wgs * 64
-        slices = (self.slices, self.pages * self.parts, padded, PAGE)
+        slices = (self.slices, self.pages * self.parts, 64, PAGE)
         return (
             jax.ShapeDtypeStruct((self.parts, self.rows, self.pages * PAGE), self.dtype),
             jax.ShapeDtypeStruct(slices, jnp.float32),
@@ -79,23 +55,22 @@ class Shrink(RowBlocks):
         full: Any,
     ) -> None:  # fmt: skip
         """p[q, page and part, row] = x[row, slice q] A[page, part, slice q]^T, masked."""
-        rows, parts = self.block, self.parts
+        rows, parts = self.rows, self.parts
         steps = self.width // 64 // self.slices
 
-        def place(i: jax.Array | int) -> tuple[jax.Array, jax.Array, jax.Array]:
+        def place(i: jax.Array | int) -> tuple[jax.Array, jax.Array]:
+            """Group of pages and slice of K."""
             index = self._last_first() + i * self.sms
-            rest = index // self.slices
-            m, g = lax.rem(rest, jnp.int32(self.row_blocks)), rest // self.row_blocks
-            return lax.rem(index, jnp.int32(self.slices)), m, g
+            return index // self.slices, lax.rem(index, jnp.int32(self.slices))
 
         def page_ids(i: jax.Array | int) -> list[jax.Array]:
             """Asked for before it is known whether there is such a unit: nothing waits for both."""
-            first = lax.min(place(i)[2] * self.group, jnp.int32(self.pages - self.group))
+            first = lax.min(place(i)[0] * self.group, jnp.int32(self.pages - self.group))
             return [pages[first + j] for j in range(self.group)]
 
         def unit(i: jax.Array, carry: Any) -> Any:
             n, *ids = carry
-            q, m, g = place(i)
+            g, q = place(i)
 
             def issue(k: jax.Array | int) -> None:
                 slot = lax.rem(n + k, jnp.int32(self.stages))
@@ -104,18 +79,17 @@ class Shrink(RowBlocks):
                     a_rows = sa.at[slot, pl.ds(j * parts * PAGE, parts * PAGE)]
                     plgpu.copy_gmem_to_smem(a.at[page, :, depth], a_rows, full.at[slot])
                 x_tile = sx.at[pl.ds(slot * rows, rows)]
-                plgpu.copy_gmem_to_smem(x.at[pl.ds(m * rows, rows), depth], x_tile, full.at[slot])
+                plgpu.copy_gmem_to_smem(x.at[:, depth], x_tile, full.at[slot])
 
             for k in range(min(self.stages, steps)):
                 issue(k)
 
-            def accumulate(*accs: Any) -> list[jax.Array]:
+            def accumulate(acc: Any) -> jax.Array:
                 def step(k: jax.Array, carry: jax.Array) -> jax.Array:
                     slot = lax.rem(n + k, jnp.int32(self.stages))
                     plgpu.barrier_wait(full.at[slot])
-                    for j, acc in enumerate(accs):
-                        x_tile = sx.at[pl.ds(slot * rows + j * 64, 64)]
-                        plgpu.wgmma(acc, x_tile, sa.at[slot].transpose((1, 0)))
+                    x_tile = sx.at[pl.ds(slot * rows, 64)]
+                    plgpu.wgmma(acc, x_tile, sa.at[slot].transpose((1, 0)))
                     plgpu.wgmma_wait(0)
                     if steps > self.stages:
                         following = k + self.stages
@@ -123,36 +97,29 @@ class Shrink(RowBlocks):
                     return carry
 
                 lax.fori_loop(0, steps, step, jnp.int32(0))
-                return [acc[...] for acc in accs]
+                return acc[...]
 
-            owns = [[self._mask(mask, m, j, g * self.group + i) for i in range(self.group)]
-                    for j in range(self.wgs)]  # fmt: skip
-            shape = (64, self.group * parts * PAGE)
-            accs = pl.run_scoped(accumulate, *[ACC(shape, jnp.float32)] * self.wgs)
-            for j, acc in enumerate(accs):
-                at = pl.ds((m * self.wgs + j) * 64, 64)
-                for column in range(self.group * parts):
-                    values = acc[:, column * PAGE : (column + 1) * PAGE]
-                    own = lax.broadcast_in_dim(owns[j][column // parts], values.shape, [0])
-                    p.at[q, g * self.group * parts + column, at][...] = values * own
+            layout = plgpu.Layout.WGMMA.reduce(1)
+            owns = [load(mask, (g * self.group + j,), layout) for j in range(self.group)]
+            columns = self.group * parts
+            acc = pl.run_scoped(accumulate, ACC((64, columns * PAGE), jnp.float32))
+            for column in range(columns):
+                values = acc[:, column * PAGE : (column + 1) * PAGE]
+                own = lax.broadcast_in_dim(owns[column // parts], values.shape, [0])
+                p.at[q, g * columns + column][...] = values * own
             return n + steps, *page_ids(i + 1)
 
         first = page_ids(0)
-        total = cdiv(active, self.group) * self.slices * self.row_blocks
+        total = cdiv(active, self.group) * self.slices
         lax.fori_loop(0, self._units_of_block(total), unit, (jnp.int32(0), *first))
-
-    def _mask(self, mask: Any, m: jax.Array, j: int, page: jax.Array) -> jax.Array:
-        at = pl.ds((m * self.wgs + j) * 64, 64)
-        return load(mask, (page, at), plgpu.Layout.WGMMA.reduce(1))
 
     def sum(self, p: Any, u: Any, us: Any, active: jax.Array) -> None:
         """u[part, row, rank] = the sum of p over slices; zeros up to a whole chunk of pages."""
-        rows, blocks = self.store_rows, self.row_blocks * self.wgs
+        rows = self.rows
         layout = plgpu.Layout.WG_STRIDED((rows, PAGE), vec_size=rows * PAGE // 128)
 
         def unit(i: jax.Array, carry: jax.Array) -> jax.Array:
-            index = self._last_first() + i * self.sms
-            m, column = lax.rem(index, jnp.int32(blocks)), index // blocks
+            column = self._last_first() + i * self.sms
             page, part = column // self.parts, lax.rem(column, jnp.int32(self.parts))
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
@@ -160,7 +127,7 @@ class Shrink(RowBlocks):
             def _() -> None:
                 total = None
                 for q in range(self.slices):  # unrolled: all loads in flight at once
-                    part_sum = load(p, (q, column, pl.ds(m * 64, rows)), layout)
+                    part_sum = load(p, (q, column, pl.ds(0, rows)), layout)
                     total = part_sum if total is None else total + part_sum
                 assert total is not None
                 us[...] = total.astype(self.dtype)
@@ -170,11 +137,10 @@ class Shrink(RowBlocks):
                 us[...] = plgpu.layout_cast(jnp.zeros((rows, PAGE), self.dtype), layout)
 
             plgpu.commit_smem()
-            at = u.at[part, pl.ds(m * 64, rows), pl.ds(page * PAGE, PAGE)]
-            plgpu.copy_smem_to_gmem(us, at)
+            plgpu.copy_smem_to_gmem(us, u.at[part, :, pl.ds(page * PAGE, PAGE)])
             return carry
 
-        total = cdiv(active, self.chunk) * self.chunk * self.parts * blocks
+        total = cdiv(active, self.chunk) * self.chunk * self.parts
         lax.fori_loop(0, self._units_of_block(total), unit, jnp.int32(0))
         plgpu.wait_smem_to_gmem(0, wait_read_only=False)
 

@@ -15,7 +15,7 @@ from jaxtyping import Array, Int
 
 @dataclasses.dataclass(frozen=True)
 class Ring:
-    """Slots of shared memory that one warpgroup fills and the others multiply: a tile of `rows`
+    """Slots of shared memory that one warpgroup fills and another multiplies: a tile of `rows`
     rows of x and a tile of w each (for `consume_pair` two), and barriers for full (of x and w, or of
     u and B) and empty."""
 
@@ -51,15 +51,13 @@ class Ring:
 
         lax.fori_loop(n, n + self.stages, step, jnp.int32(0))
 
-    def consume(
-        self, acc: Any, wg: jax.Array, full: Any, steps: jax.Array | int, n: jax.Array
-    ) -> jax.Array:
+    def consume(self, acc: Any, full: Any, steps: jax.Array | int, n: jax.Array) -> jax.Array:
         """acc += x tile @ w tile for `steps` steps from n on; a slot is free one step later."""
 
         def step(k: jax.Array, n: jax.Array) -> jax.Array:
             slot = self._slot(n)
             plgpu.barrier_wait(full.at[slot])
-            x_tile = self.xs.at[pl.ds(slot * self.rows + wg * 64, 64)]
+            x_tile = self.xs.at[pl.ds(slot * self.rows, 64)]
             plgpu.wgmma(acc, x_tile, self.ws.at[slot])
             plgpu.wgmma_wait(1)
             pl.when(k > 0)(partial(self._release, n + self.stages - 1))
@@ -74,9 +72,9 @@ class Ring:
         self, accs: tuple[Any, Any], full: Any, steps: jax.Array | int, n: jax.Array, *,
         slots: int = 1, other_x: int = 0,
     ) -> jax.Array:  # fmt: skip
-        """The same for two accumulators and slots with two w tiles, one multiplying warpgroup. One slot
-        a step: each takes one of the w tiles, the second the x that lies `other_x` rows further. Two
-        slots: each takes x and the first w tile of its own."""
+        """The same for two accumulators and slots with two w tiles. One slot a step: each takes one of
+        the w tiles, the second the x that lies `other_x` rows further. Two slots: each takes x and the
+        first w tile of its own."""
 
         def release(n: jax.Array) -> None:
             for j in range(slots):

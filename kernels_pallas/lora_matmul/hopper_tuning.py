@@ -1,4 +1,4 @@
-"""Tile sizes of the Hopper kernel by shape. Measured on an H100 (kernels_pallas/README.md)."""
+"""Tile sizes of the Hopper kernel for few rows, by shape (kernels_pallas/README.md)."""
 
 import dataclasses
 
@@ -32,7 +32,8 @@ class Tuning:
 
 
 def tuning(rows: int, width: int, part_sizes: tuple[int, ...], sms: int) -> Tuning:
-    """Tile sizes for [rows, width] @ [width, sum(part_sizes)]; NotImplementedError if none fit."""
+    """Tile sizes for [rows, width] @ [width, sum(part_sizes)], up to 64 rows; NotImplementedError if
+    none fit."""
     parts, total = len(part_sizes), sum(part_sizes)
     fits = [bn for bn in (256, 128, 64) if all(size % bn == 0 for size in part_sizes)]
     if not fits or width % 128:
@@ -41,15 +42,13 @@ def tuning(rows: int, width: int, part_sizes: tuple[int, ...], sms: int) -> Tuni
         )
     wide = [bn for bn in fits if total // bn >= 0.75 * sms]
     bn = wide[0] if wide else fits[-1]
-    if rows > 64:
-        bn = min(128, fits[0])  # two multiplying warpgroups: the registers hold no more
-    bk = 64 if bn == 256 or rows > 64 else 128
-    blocks = -(-rows // 128) * (total // bn)
-    split = max([s for s in (1, 2, 4) if blocks * s <= sms and width % (bk * s) == 0], default=1)
-    most = 16 if rows <= 64 and parts < 3 else 8 if rows <= 128 else 4
+    bk = 64 if bn == 256 else 128
+    splits = [s for s in (1, 2, 4) if total // bn * s <= sms and width % (bk * s) == 0]
+    split = max(splits, default=1)
+    most = 16 if parts < 3 else 8
     slices = max(s for s in (1, 2, 4, 8, 16) if s <= most and width % (64 * s) == 0)
-    group = 2 if parts > 2 or rows > 64 else 4
-    shrink_stages = 2 if rows > 64 else 3 if bn == 256 else 4
+    group = 2 if parts > 2 else 4
+    shrink_stages = 3 if bn == 256 else 4
     stages = 3 if bn == 256 else 5 if split == 1 else 4
     made = Tuning(
         bn=bn, bk=bk, split=split, stages=stages, slices=slices, group=group,
@@ -71,10 +70,8 @@ def base_tuning(rows: int, width: int, part_sizes: tuple[int, ...], sms: int) ->
 
 
 def _shared_bytes(t: Tuning, rows: int, parts: int) -> int:
-    block = min(rows, 128)
-    warpgroups = -(-block // 64)
-    over = 64 * warpgroups - block
-    tiles = 2 * t.stages * (block * t.bk + t.bk * t.bn) + 2 * over * t.bk
-    shrink = parts and 128 * (t.shrink_stages * (block + t.group * parts * PAGE) + over)
-    out = warpgroups * min(2, t.bn // 64) * 64 * 64 * (2 if t.split == 1 else 4)
+    over = 64 - rows
+    tiles = 2 * t.stages * (rows * t.bk + t.bk * t.bn) + 2 * over * t.bk
+    shrink = parts and 128 * (t.shrink_stages * (rows + t.group * parts * PAGE) + over)
+    out = min(2, t.bn // 64) * 64 * 64 * (2 if t.split == 1 else 4)
     return tiles + shrink + out + 64 * PAGE * 2
