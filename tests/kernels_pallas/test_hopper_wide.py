@@ -39,7 +39,13 @@ SPLIT = dataclasses.replace(SMALL, split=2, out_columns=32)
         ("down", 128, "uniform", 16, dataclasses.replace(SMALL, tail=9), 4),
         ("qkv", 300, "identical", 16, dataclasses.replace(SMALL, overlap=True, span=2), 3),
     ],
-    ids=["K whole", "whole chunks", "split K", "blocks without a tile shrink", "stores beside the next tile"],
+    ids=[
+        "K whole",
+        "whole chunks",
+        "split K",
+        "blocks without a tile shrink",
+        "stores beside the next tile",
+    ],
 )
 def test_interpreted_kernel_matches_float64(
     group: str, count: int, name: str, rank: int | None, config: Tuning, blocks: int
