@@ -39,8 +39,8 @@ from kernels_pallas.lora_matmul import hopper
 PAGE, RANK_PAGE = 16, 16
 QUEUED = 4
 """Steps whose queueing is timed: later ones wait for the device."""
-PROMPTS = 8
-"""Prompts of a step of prefill."""
+PROMPTS, BLOCK = 8, 64
+"""Prompts of a step of prefill, and tokens of their blocks."""
 
 
 VARIANTS = {
@@ -286,6 +286,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
+    if odd := [tokens for tokens in args.prefill if tokens % (PROMPTS * BLOCK)]:
+        parser.error(f"--prefill: {odd} must be multiples of {PROMPTS * BLOCK}")
     work, most = Work(args.ranks, args.prefill), max(*args.adapters, 1)
     machine = Machine(args.shape, args.rows, work, args.contexts, most)
     kind = jax.devices()[0].device_kind
@@ -294,7 +296,7 @@ def main() -> None:
         counts = [n for n in args.adapters if n <= (PROMPTS if tokens else rows)]
         shapes = {
             lora: Shape(
-                decode=rows, prefill=tokens, rank_pages=pages, block=64, table=machine.table
+                decode=rows, prefill=tokens, rank_pages=pages, block=BLOCK, table=machine.table
             )
             for lora, pages in ((False, 0), (True, work.pages(max(counts))))
         }
