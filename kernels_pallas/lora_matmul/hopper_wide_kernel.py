@@ -1,6 +1,7 @@
 """The body of the Hopper kernel for many rows (see hopper_wide.py for the idea)."""
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -144,13 +145,18 @@ class Wide(Plan):
         def release(n: jax.Array) -> None:
             plgpu.barrier_arrive(r.empty.at[lax.rem(n, jnp.int32(t.stages))])
 
-        def consume(acc: Any, full: Any, steps: Any, n: jax.Array) -> jax.Array:
-            """acc += x tile @ w tile; a slot is free one step later."""
+        def w_tile(slot: jax.Array) -> Any:
+            return r.ws.at[slot]
+
+        def consume(
+            acc: Any, full: Any, steps: Any, n: jax.Array, tile: Callable[..., Any] = w_tile
+        ) -> jax.Array:
+            """acc += x tile @ w tile (or A's); a slot is free one step later."""
 
             def step(j: jax.Array, n: jax.Array) -> jax.Array:
                 slot = lax.rem(n, jnp.int32(t.stages))
                 plgpu.barrier_wait(full.at[slot])
-                plgpu.wgmma(acc, r.xs.at[slot, lanes], r.ws.at[slot])
+                plgpu.wgmma(acc, r.xs.at[slot, lanes], tile(slot))
                 plgpu.wgmma_wait(1)
                 pl.when(j > 0)(partial(release, n + t.stages - 1))
                 return n + 1
@@ -180,7 +186,7 @@ class Wide(Plan):
 
         def shrink(now: jax.Array, n: jax.Array) -> jax.Array:
             count = jnp.where(now, self.units_of_worker(work), 0)
-            n = hopper_wide_shrink.slices(self, r, work, first, count, n, release)
+            n = hopper_wide_shrink.slices(self, r, work, first, count, n, consume)
             mine = now & self.has_unit(work, 0)
             if phase == "all" and self.summing > 1:
                 pl.when(mine)(partial(self.announce, r, work))

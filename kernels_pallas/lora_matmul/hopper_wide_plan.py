@@ -180,9 +180,9 @@ class Plan:
         units, pages = totals[0], totals[1]
         # Blocks with fewer tiles do it all if they are through before others' first tiles need u.
         few = self._slices(units, self.light)
-        alone = (units <= self.light) & (self.width // BK // few <= int(0.6 * self.steps))
-        slices = jnp.where(alone, few, self._slices(units, self.blocks))
-        spread = jnp.where(alone, jnp.int32(max(self.light, 1)), self.blocks)
+        by_few = (units <= self.light) & (self.width // BK // few <= int(0.6 * self.steps))
+        slices = jnp.where(by_few, few, self._slices(units, self.blocks))
+        spread = jnp.where(by_few, jnp.int32(max(self.light, 1)), self.blocks)
         sums = jnp.where(slices > 1, pages * (WGS * self.parts), 0)
         # Sums stop a tile where they have no warpgroup of their own.
         sum_spread = jnp.int32(self.blocks) if self.summing == 1 else spread

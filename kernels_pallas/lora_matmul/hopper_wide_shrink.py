@@ -1,7 +1,6 @@
 """The shrink of the Hopper kernel for many rows: slices of u = x A^T, and their sums."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -22,29 +21,20 @@ LOT = 8
 
 def slices(
     plan: Plan, r: Refs, work: Work, first: Any, count: jax.Array, n: jax.Array,
-    release: Callable[[jax.Array], None],
+    consume: Callable[..., jax.Array],
 ) -> jax.Array:  # fmt: skip
     """`count` of this block's units, from ring step n on: slices of u, or u itself where K is not cut.
-    `first`: what `unit` said of the first."""
-    wg, t, whole = lax.axis_index("wg"), plan.t, work.slices == 1
-    lanes = pl.ds(wg * 64, 64)
+    `first`: what `unit` said of the first. `consume`: how a warpgroup multiplies what is in the ring."""
+    wg, whole = lax.axis_index("wg"), work.slices == 1
+
+    def a_tile(slot: jax.Array) -> Any:
+        return r.sa.at[slot, pl.ds(0, plan.a_rows)].transpose((1, 0))
 
     def one(i: jax.Array, carry: Any) -> Any:
         n, number, m, g, q, used, *owns = carry
 
         def accumulate(acc: Any) -> tuple[jax.Array, jax.Array]:
-            def step(j: jax.Array, n: jax.Array) -> jax.Array:
-                slot = lax.rem(n, jnp.int32(t.stages))
-                plgpu.barrier_wait(r.full_shrink.at[slot])
-                a = r.sa.at[slot, pl.ds(0, plan.a_rows)]
-                plgpu.wgmma(acc, r.xs.at[slot, lanes], a.transpose((1, 0)))
-                plgpu.wgmma_wait(1)
-                pl.when(j > 0)(partial(release, n + t.stages - 1))
-                return n + 1
-
-            after = lax.fori_loop(0, work.steps, step, n)
-            plgpu.wgmma_wait(0)
-            release(after + t.stages - 1)
+            after = consume(acc, r.full_shrink, work.steps, n, a_tile)
             return acc[...], after
 
         u, n = pl.run_scoped(accumulate, ACC((64, plan.a_rows), jnp.float32))
