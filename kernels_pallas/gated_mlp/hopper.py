@@ -25,6 +25,7 @@ from kernels_pallas.lora_matmul.hopper import (
     padded_rows,
     product_by_xla,
     refuse,
+    refuse_many_rows,
 )
 from kernels_pallas.lora_matmul.hopper_sync import counters
 from kernels_pallas.lora_matmul.types import PAGE, ActivePages, RankPool, Segments
@@ -56,6 +57,7 @@ def gated_mlp(
         raise NotImplementedError(f"pages of {PAGE} ranks are supported")
     for w, pool in zip((gate_up, down), own or (None, None), strict=True):
         refuse(x, w, pool, interpret)
+    refuse_many_rows(x)
     sms = sms or device_sms()
     hidden, width = down.shape
     config = config or tuning(padded_rows(x.shape[0]), width, hidden, sms, lora=pools is not None)

@@ -42,9 +42,7 @@ class Tuning:
 
 
 def tuning(rows: int, width: int, hidden: int, sms: int, *, lora: bool) -> Tuning:
-    """For [rows, width] and a hidden state of [rows, hidden]; NotImplementedError if none fits."""
-    if rows > 64:
-        raise NotImplementedError(f"{rows} rows: up to 64 are supported")
+    """For [rows, width], up to 64 rows, and a hidden state of [rows, hidden]; NotImplementedError if none fits."""
     if width % WIDE or hidden % WIDE:
         raise NotImplementedError(f"widths {width} and {hidden}: multiples of {WIDE} are supported")
     rounds = _rounds(hidden, sms)

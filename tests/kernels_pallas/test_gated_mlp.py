@@ -185,7 +185,7 @@ def test_an_ordinary_machine_takes_the_three_steps_instead():
     [
         ({"dtype": "float32"}, "bfloat16 or float16"),
         ({"width": 192}, "multiples of 128"),
-        ({"count": 65}, "72 rows: up to 64"),
+        ({"count": 65}, "65 rows: up to 64"),
     ],
 )
 @interpreted
