@@ -42,7 +42,8 @@ class Tuning:
 
 
 def tuning(rows: int, width: int, hidden: int, sms: int, *, lora: bool) -> Tuning:
-    """For [rows, width], up to 64 rows, and a hidden state of [rows, hidden]; NotImplementedError if none fits."""
+    """For [rows, width], up to 64 rows, and a hidden state of [rows, hidden]; NotImplementedError if
+    none fits."""
     if width % WIDE or hidden % WIDE:
         raise NotImplementedError(f"widths {width} and {hidden}: multiples of {WIDE} are supported")
     rounds = _rounds(hidden, sms)
