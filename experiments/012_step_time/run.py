@@ -90,12 +90,20 @@ class Work:
 class Machine:
     """Weights, K/V and rank pages on the device, and what runs on them."""
 
-    def __init__(self, name: str, rows: list[int], work: Work, contexts: list[int], adapters: int):
+    def __init__(
+        self,
+        name: str,
+        mesh: int,
+        rows: list[int],
+        work: Work,
+        contexts: list[int],
+        adapters: int,
+    ):
         cfg = shape_config(name)
         self.work, most_rows = work, max([*rows, PROMPTS])
         longest = max([*contexts, *(-(-tokens // PROMPTS) for tokens in work.prefill)])
         self.table = -(-(longest + 1) // PAGE)
-        self.mesh, self.layout = make_mesh(1), Layout(cfg, 1)
+        self.mesh, self.layout = make_mesh(mesh), Layout(cfg, mesh)
         dtype = np.dtype(jnp.bfloat16)
         abstract = abstract_decoder(self.layout, dtype, copy_head=False)
         self.flat = FlatModel(abstract, self.mesh)
@@ -185,13 +193,14 @@ class Machine:
         if device is None:
             return None
         if shape.prefill:
-            return prefill(self.layout.cfg, device, shape.prefill // PROMPTS) * PROMPTS * 1e3
+            least = prefill(self.layout.cfg, device, shape.prefill // PROMPTS) * PROMPTS
+            return least / self.mesh.size * 1e3
         rank = statistics.mean(self.work.ranks_of(adapters)) if adapters else 0
         step = floor(
             self.layout.cfg, device, rows=shape.decode, context=context, active=adapters, rank=rank,
             dtype="bfloat16",
         )  # fmt: skip
-        return (step.weights + step.adapters + step.kv) * 1e3
+        return (step.weights + step.adapters + step.kv) / self.mesh.size * 1e3
 
 
 @jax.jit  # one program for each shape
@@ -235,7 +244,7 @@ def measure(
         rows, tokens = case.shape.decode, case.shape.prefill
         row = {
             "rows": rows, "context": context, "adapters": case.adapters, "note": case.note,
-            "ranks": machine.work.ranks, "prefill": tokens,
+            "ranks": machine.work.ranks, "prefill": tokens, "mesh": machine.mesh.size,
             "ms": round(ms, 4), "spread": round((max(steps) - min(steps)) / 2 / ms, 4),
             "of_base": round(ratio, 4), "host_ms": round(host, 3),
         }  # fmt: skip
@@ -269,6 +278,7 @@ def profile(machine: Machine, case: Case, context: int, steps: int = 4) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shape", default="llama-3.1-8b")
+    parser.add_argument("--mesh", type=int, default=1, help="devices that share the model")
     parser.add_argument("--rows", type=int, nargs="*", default=[8, 32, 64], help="decode rows")
     parser.add_argument(
         "--prefill", type=int, nargs="*", default=[], help=f"tokens of {PROMPTS} prompts, steps of their own"
@@ -289,7 +299,7 @@ def main() -> None:
     if odd := [tokens for tokens in args.prefill if tokens % (PROMPTS * BLOCK)]:
         parser.error(f"--prefill: {odd} must be multiples of {PROMPTS * BLOCK}")
     work, most = Work(args.ranks, args.prefill), max(*args.adapters, 1)
-    machine = Machine(args.shape, args.rows, work, args.contexts, most)
+    machine = Machine(args.shape, args.mesh, args.rows, work, args.contexts, most)
     kind = jax.devices()[0].device_kind
     results = []
     for rows, tokens in [(rows, 0) for rows in args.rows] + [(0, n) for n in args.prefill]:

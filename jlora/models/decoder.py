@@ -61,12 +61,13 @@ class Linear(nnx.Module):
         summed: bool = True,
     ) -> Float[Array, "*sums T out"]:
         """Projection plus what the rows' adapters change, in float32 or x's type. The only all-reduce
-        is the base's: for an input-sharded group the adapter's partial sum joins it.
+        is the base's: for an input-sharded group the adapter's partial sum joins it. Devices send
+        each other what their product gives: on GPUs x's type, as vLLM does.
 
         `summed` false: with an axis of parts that the reader sums, where nothing else is to be done."""
         own = pools.get(self.group) if pools is not None else None
-        whole = self._is_whole(own)
-        dtype = ops.product_dtype(x.dtype) if whole else jnp.float32
+        scaled = own is not None and own.scale is not None
+        dtype = jnp.float32 if scaled else ops.product_dtype(x.dtype)
         summed = summed or not self.is_plain(own)
         y = self.weight.matmul(x, own, batch.segments, self.parts, dtype, summed=summed)
         y = ops.all_reduce(y, self.summed_over)
@@ -76,10 +77,8 @@ class Linear(nnx.Module):
 
     def is_plain(self, own: RankPool | ActivePages | None) -> bool:
         """Whether the projection is nothing but `lora_matmul`."""
-        return self._is_whole(own) and self.bias is None
-
-    def _is_whole(self, own: RankPool | ActivePages | None) -> bool:
-        return self.summed_over == 1 and (own is None or own.scale is None)
+        scaled = own is not None and own.scale is not None
+        return self.summed_over == 1 and not scaled and self.bias is None
 
 
 class Layer(nnx.Module):
