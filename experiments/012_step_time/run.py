@@ -13,7 +13,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,7 +26,9 @@ from jlora.adapters.pool import RankPages
 from jlora.batch import empty, pack
 from jlora.benchmark.report import commit
 from jlora.benchmark.shapes import shape_config
+from jlora.device_memory import small_blocks
 from jlora.engine import sampler
+from jlora.engine.config import EngineConfig
 from jlora.engine.flat_model import FlatModel
 from jlora.engine.steps import KV_AXES, Adapters, Steps
 from jlora.models.weights import abstract_decoder, dummy_weights
@@ -46,24 +48,43 @@ PROMPTS, BLOCK = 8, 64
 VARIANTS = {
     "": "what serves",
     "three": "the MLP as three launches",
-    "xla": "likewise, and base products by XLA",
+    "xla": "likewise, and base products by XLA; without adapters",
+    "summed": "slices of u are summed in a step of one rank page, too",
 }
 """Ways to compile a step."""
+
+
+def serves(name: str, shape: Shape) -> bool:
+    """Whether this variant of a step differs from others."""
+    return {"xla": shape.rank_pages == 0, "summed": shape.rank_pages == 1}.get(name, True)
+
+
+def bucket(pages: int, tokens: int) -> int:
+    """Rank pages of the engine's program for a step with so many active ones."""
+    if not pages:
+        return 0
+    least = min(64, tokens * 3 // 4) // RANK_PAGE
+    config = EngineConfig(max_model_len=PAGE, max_loras=-(-pages // 4), rank_page=RANK_PAGE)
+    return next(n for n in config.rank_page_buckets if n >= max(pages, least))
 
 
 @contextmanager
 def variant(name: str) -> Iterator[None]:
     """Traces in the body compile steps in this way."""
     before = hopper.BASE_ROWS, gated_mlp.worth_it
+    before_single = hopper.single_page, gated_mlp.single_page
     if name == "xla":
         hopper.BASE_ROWS = (1, 0)
-    if name:
+    if name in ("three", "xla"):
         gated_mlp.worth_it = lambda x, hidden, *, lora: False
+    if name == "summed":
+        hopper.single_page = gated_mlp.single_page = lambda t: t
     jax.clear_caches()
     try:
         yield
     finally:
         hopper.BASE_ROWS, gated_mlp.worth_it = before
+        hopper.single_page, gated_mlp.single_page = before_single
         jax.clear_caches()
 
 
@@ -134,6 +155,11 @@ class Machine:
         )
         self.kv = zeros()
         self.slots = most_rows
+        # As the engine lays them out, so that no step changes its CUDA graph.
+        on_gpu = jax.default_backend() == "gpu"
+        devices = self.mesh.devices.flat if on_gpu else ()
+        scores = 4 * most_rows * cfg.vocab_rows
+        self._small_blocks = [small_blocks(device, scores) for device in devices]
         state = sampler.empty_slots(most_rows, cfg.vocab_rows)
         self.last = jax.device_put(state.last, sharding(self.mesh))
 
@@ -304,27 +330,23 @@ def main() -> None:
     results = []
     for rows, tokens in [(rows, 0) for rows in args.rows] + [(0, n) for n in args.prefill]:
         counts = [n for n in args.adapters if n <= (PROMPTS if tokens else rows)]
-        shapes = {
-            lora: Shape(
-                decode=rows, prefill=tokens, rank_pages=pages, block=BLOCK, table=machine.table
-            )
-            for lora, pages in ((False, 0), (True, work.pages(max(counts))))
-        }
         begin = time.perf_counter()
-        kinds = [("", n > 0) for n in counts]
-        kinds += [(name, n > 0) for name in args.also for n in counts if not (n and name == "xla")]
-        programs = {}
-        with ThreadPoolExecutor() as workers:  # lowering is one by one, compiling is not
-            for name, lora in dict.fromkeys(kinds):
-                with variant(name):
-                    lowered = machine.lower(shapes[lora])
-                programs[name, lora] = workers.submit(lowered.compile)
-        cases = [
-            Case(n, programs[name, n > 0].result(), shapes[n > 0], name)
-            for name in ("", *args.also)
+        shapes = {
+            n: Shape(
+                decode=rows, prefill=tokens, rank_pages=bucket(work.pages(n), rows + tokens),
+                block=BLOCK, table=machine.table,
+            )
             for n in counts
-            if (name, n > 0) in programs
-        ]
+        }  # fmt: skip
+        wanted = [(name, n) for name in ("", *args.also) for n in counts if serves(name, shapes[n])]
+        programs: dict[tuple[str, Shape], Future[jax.stages.Compiled]] = {}
+        with ThreadPoolExecutor() as workers:  # lowering is one by one, compiling is not
+            for name, n in wanted:
+                if (name, shapes[n]) not in programs:
+                    with variant(name):
+                        lowered = machine.lower(shapes[n])
+                    programs[name, shapes[n]] = workers.submit(lowered.compile)
+        cases = [Case(n, programs[name, shapes[n]].result(), shapes[n], name) for name, n in wanted]
         print(f"{rows or tokens} rows compiled in {time.perf_counter() - begin:.0f} s", flush=True)
         for context in args.contexts:
             results += measure(machine, cases, context, args)

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from kernels_pallas.act_mul.xla import act_mul
 from kernels_pallas.gated_mlp.hopper_kernel import STAGES, GatedMLP
-from kernels_pallas.gated_mlp.hopper_tuning import HALF, WIDE, Tuning, tuning
+from kernels_pallas.gated_mlp.hopper_tuning import HALF, WIDE, Tuning, single_page, tuning
 from kernels_pallas.lora_matmul.hopper import (
     BASE_ROWS,
     device_sms,
@@ -60,7 +60,10 @@ def gated_mlp(
     refuse_many_rows(x)
     sms = sms or device_sms()
     hidden, width = down.shape
-    config = config or tuning(padded_rows(x.shape[0]), width, hidden, sms, lora=pools is not None)
+    if config is None:
+        config = tuning(padded_rows(x.shape[0]), width, hidden, sms, lora=pools is not None)
+        if segments is not None and segments.pages.shape[0] == 1:
+            config = single_page(config)
     static = activation, config, sms, interpret
     return _gated_mlp(static, x, gate_up, down, pools, segments, rows)
 
@@ -132,7 +135,10 @@ def _launch(static: tuple[str, Tuning, int, bool], args: dict[str, jax.Array]) -
     if not interpret:
         return kernel.call(STAGES, tuple(kernel.out_types()), args)["y"]
     # The interpreter has no counters that blocks can wait on: one launch a stage.
-    for stage, out in zip(STAGES, ("p1", "u1", "h", "p2", "u2", "y"), strict=True):
-        if pages or out in "hy":
+    outs = ("p1", "u1", "h", "p2", "u2", "y")
+    if config.single:
+        outs = ("u1", None, "h", "u2", None, "y")
+    for stage, out in zip(STAGES, outs, strict=True):
+        if out is not None and (pages or out in "hy"):
             args |= kernel.call((stage,), (out,), args, interpret)
     return args["y"]

@@ -32,6 +32,9 @@ CHUNK = DEPTH // PAGE
 STAGES = ("gate_up slices", "gate_up sum", "gate_up", "down slices", "down sum", "down")
 """What one launch does, in this order; the interpreter, a launch each."""
 
+RESULTS = ("y", "h", "u1", "p1", "u2", "p2")
+"""What one launch may write; the interpreter's write one each."""
+
 GATE_UP, DOWN, HIDDEN = (0, 1), (2, 3), (4, 5)
 """Grid-wide counters: of the two shrinks, and of the hidden state, all but the last round and all."""
 
@@ -65,6 +68,7 @@ class GatedMLP:
         return Shrink(
             rows=self.rows, width=width, parts=parts, pages=self.pages, slices=t.slices,
             group=t.group, stages=self.t.shrink_stages, chunk=CHUNK, sms=self.sms, dtype=self.dtype,
+            single=self.t.single,
         )  # fmt: skip
 
     @property
@@ -88,8 +92,9 @@ class GatedMLP:
             "h": jax.ShapeDtypeStruct((self.rows, self.hidden), self.dtype),
         }
         if self.pages:
-            types["u1"], types["p1"] = self.gate_up.out_types()
-            types["u2"], types["p2"] = self.down.out_types()
+            names = ("u1", "p1", "u2", "p2")[:: 2 if self.t.single else 1]
+            own = (*self.gate_up.out_types(), *self.down.out_types())
+            types |= dict(zip(names, own, strict=True))
         return types
 
     def call(
@@ -144,7 +149,7 @@ class GatedMLP:
             "full_expand": full(num_arrivals=(1 + CHUNK) * 2 // self.expand_slots),
             "sx": tile((stages * self.rows + self.over, 64)),
             "sa": tile((stages, 2 * g.group * PAGE, 64)),
-            "us": plgpu.SMEM((self.rows, PAGE), self.dtype),
+            "us": plgpu.SMEM(self.gate_up.staging(), self.dtype),
             "full_shrink1": shrink(num_arrivals=1 + g.group),
             "full_shrink2": shrink(num_arrivals=1 + d.group),
             "u1_there": plgpu.Barrier(num_arrivals=1),
@@ -156,7 +161,7 @@ class GatedMLP:
         """What every warpgroup of every block runs: one multiplies, one streams, one shrinks."""
         wg = lax.axis_index("wg")
         # None for results that a launch of one stage neither writes nor reads.
-        r = SimpleNamespace(**(dict.fromkeys(self.out_types()) | refs))
+        r = SimpleNamespace(**(dict.fromkeys(RESULTS) | refs))
         active = r.count[0] if self.pages else jnp.int32(0)
         counters = Counters(r.sync, self.sms) if len(stages) > 1 else None
         full_expand = r.full_expand if self.pages else None
@@ -189,7 +194,7 @@ class GatedMLP:
         """h = activation(x @ gate) * (x @ up) in HALF columns."""
 
         def tile(i: jax.Array, n: jax.Array) -> jax.Array:
-            expands, tail = cdiv(active, CHUNK), self.t.tail
+            expands, tail = self.gate_up.expands(active), self.t.tail
             (gate, up), n = self._product(ring, self.width // DEPTH, tail, expands, n)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             r.hs[...] = (ACTIVATIONS[self.activation](gate) * up).astype(self.dtype)
@@ -265,7 +270,7 @@ class GatedMLP:
 
     def _down_expands(self, active: jax.Array, s: jax.Array) -> jax.Array:
         """Expand steps of a unit: K splits take chunks of pages in turn."""
-        return lax.max(cdiv(cdiv(active, CHUNK) - s, self.t.split), 0)
+        return lax.max(cdiv(self.down.expands(active) - s, self.t.split), 0)
 
     # The warpgroup that streams. Whatever it waits for, the stream of w waits for too.
 
@@ -286,7 +291,7 @@ class GatedMLP:
             n, waited = carry
             starts = [part * self.hidden + self._tile(i) * HALF for part in (0, 1)]
             columns = [pl.ds(start, HALF) for start in starts]
-            ids = self._page_ids(r, jnp.int32(0)) if self.pages else []
+            ids = self.gate_up.page_ids(r.pages, 0) if self.pages else []
 
             def load(k: jax.Array, n: jax.Array) -> jax.Array:
                 self._load(ring, n, r.x, r.w1, k * DEPTH, columns)
@@ -298,11 +303,11 @@ class GatedMLP:
                 us = [r.u1.at[part, :, ranks] for part in (0, 1)]
                 first = (e == 0) & (waited == 0)
                 self._expand(ring, n, r.b1, ids, columns, us, r.u1_there, first, counters)
-                return n + self.expand_slots, *self._page_ids(r, e + 1)
+                return n + self.expand_slots, *self.gate_up.page_ids(r.pages, e + 1)
 
             n = lax.fori_loop(0, steps - tail, load, n)
             if self.pages:
-                expands = cdiv(active, CHUNK)
+                expands = self.gate_up.expands(active)
                 n, *_ = lax.fori_loop(0, expands, expand, (n, *ids))
                 waited = waited | (expands > 0).astype(jnp.int32)
             return lax.fori_loop(steps - tail, steps, load, n), waited
@@ -321,7 +326,7 @@ class GatedMLP:
             n, waited = carry
             c, s = self._unit(i)
             columns = [pl.ds(c * WIDE + HALF * j, HALF) for j in (0, 1)]
-            ids = self._page_ids(r, s) if self.pages else []
+            ids = self.down.page_ids(r.pages, s) if self.pages else []
 
             def load(k: jax.Array, n: jax.Array) -> jax.Array:
                 # Of a split's rows, those of the rounds that are through come first.
@@ -335,7 +340,7 @@ class GatedMLP:
                 us = [r.u2.at[0, :, pl.ds((s + e * split) * DEPTH, DEPTH)]] * 2
                 first = (e == 0) & (waited == 0)
                 self._expand(ring, n, r.b2, ids, columns, us, r.u2_there, first, counters)
-                return n + self.expand_slots, *self._page_ids(r, s + (e + 1) * split)
+                return n + self.expand_slots, *self.down.page_ids(r.pages, s + (e + 1) * split)
 
             for part, (start, end) in enumerate(((0, early), (early, steps - tail))):
                 if counters:
@@ -394,11 +399,6 @@ class GatedMLP:
         for (x_tile, _, barrier), u in zip(halves, us, strict=True):
             plgpu.copy_gmem_to_smem(u, x_tile, barrier)
 
-    def _page_ids(self, r: Any, chunk: jax.Array) -> list[jax.Array]:
-        """Pages of an expand step, or of the last one there could be."""
-        first = lax.min(chunk * CHUNK, jnp.int32(self.pages - CHUNK))
-        return [r.pages[first + j] for j in range(CHUNK)]
-
     # The warpgroup that shrinks, and waits for the grid
 
     def _shrink(self, stages: tuple[str, ...], r: Any, active: jax.Array, counters: Any) -> None:
@@ -406,13 +406,14 @@ class GatedMLP:
             shrink, meet = {"gate_up": (self.gate_up, GATE_UP), "down": (self.down, DOWN)}[name]
             a, p, u = own
             if f"{name} slices" in stages:
-                shrink.slice(x, a, p, r.pages, r.mask, active, r.sx, r.sa, full)
+                shrink.slice(x, a, p, u, r.pages, r.mask, active, r.sx, r.sa, r.us, full)
             if counters:
                 pl.when(active > 0)(partial(counters.meet, meet[0]))
-            if f"{name} sum" in stages:
+            if f"{name} sum" in stages and not shrink.single:
                 shrink.sum(p, u, r.us, active)
+                if counters:
+                    pl.when(active > 0)(partial(counters.meet, meet[1]))
             if counters:
-                pl.when(active > 0)(partial(counters.meet, meet[1]))
                 pl.when(active > 0)(lambda: plgpu.barrier_arrive(there))
 
         one("gate_up", r.x, (r.a1, r.p1, r.u1), r.full_shrink1, r.u1_there)

@@ -24,7 +24,7 @@ class ShrinkTuning:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tuning:
-    """Tile sizes. Both shrinks use the same shared memory: `down.group` is twice `gate_up.group`."""
+    """Tile sizes. Both shrinks use the same shared memory: `down.group` is up to twice `gate_up.group`."""
 
     slots: int
     """Slots of the ring: more in flight are not better (see `lora_matmul.hopper_tuning`)."""
@@ -39,6 +39,21 @@ class Tuning:
     """64-column steps in flight in a shrink."""
     gate_up: ShrinkTuning
     down: ShrinkTuning
+    single: bool = False
+    """At most one rank page is active: see `single_page`."""
+
+
+def single_page(t: Tuning) -> Tuning:
+    """The same for steps of at most one rank page: slices of u are not summed, if they fill expand
+    steps. A tile of the first product has one such step, and takes longer than its shrink."""
+    chunk = DEPTH // PAGE
+    if t.gate_up.slices % chunk or t.down.slices % chunk:
+        return t
+    own = {
+        name: ShrinkTuning(slices=n, group=1)
+        for name, n in (("gate_up", chunk), ("down", t.down.slices))
+    }
+    return dataclasses.replace(t, single=True, **own)
 
 
 def tuning(rows: int, width: int, hidden: int, sms: int, *, lora: bool) -> Tuning:
@@ -94,4 +109,5 @@ def shared_bytes(t: Tuning, rows: int, lora: bool) -> int:
     ring = 2 * (t.slots * (slot_rows(rows, lora) * DEPTH + DEPTH * WIDE) + over * DEPTH)
     out = 2 * 64 * HALF + 4 * 2 * 64 * 32
     shrink = 128 * (t.shrink_stages * (rows + 2 * t.gate_up.group * PAGE) + over)
-    return ring + out + (shrink + 2 * rows * PAGE if lora else 0)
+    us = 2 * 2 * 64 * PAGE if t.single else 2 * rows * PAGE
+    return ring + out + (shrink + us if lora else 0)

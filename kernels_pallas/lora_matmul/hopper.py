@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 from kernels_pallas.lora_matmul import hopper_wide, hopper_wide_tuning, xla
 from kernels_pallas.lora_matmul.hopper_kernel import Kernel
 from kernels_pallas.lora_matmul.hopper_sync import counters
-from kernels_pallas.lora_matmul.hopper_tuning import Tuning, base_tuning, tuning
+from kernels_pallas.lora_matmul.hopper_tuning import Tuning, base_tuning, single_page, tuning
 from kernels_pallas.lora_matmul.types import RankPool, Segments
 
 NARROW_ROWS = 64
@@ -51,7 +51,10 @@ def matmul(
     sms = sms or device_sms()
     rows = padded_rows(x.shape[0])
     tiles = tuning if rows <= NARROW_ROWS else hopper_wide_tuning.tuning
-    config = config or tiles(rows, x.shape[1], part_sizes, sms)
+    if config is None:
+        config = tiles(rows, x.shape[1], part_sizes, sms)
+        if isinstance(config, Tuning) and segments.pages.shape[0] == 1:
+            config = single_page(config)
     if isinstance(config, Tuning):
         refuse_many_rows(x)
     return _matmul(part_sizes, config, sms, interpret, x, w, pool, segments)
@@ -215,13 +218,14 @@ def _launch(
         rows=x.shape[0], width=x.shape[1], part_sizes=part_sizes,
         pages=0 if pages is None else pages.shape[0], t=t, sms=sms, dtype=jnp.dtype(x.dtype),
     )  # fmt: skip
-    y, u, p = k.out_types()
+    y, u, *slices = k.out_types()
     if pages is None:
         return k.call("multiply", (y,), (x, w), interpret)[0]
     args: tuple[Any, ...] = (x, w, a, b, pages, count, mask, sync)
     if not interpret:
-        return k.call("all", (y, u, p), args)[0]
+        return k.call("all", (y, u, *slices), args)[0]
     # The interpreter has no counters that blocks can wait on: one launch a phase.
-    (p,) = k.call("slices", (p,), args, interpret)
-    (u,) = k.call("sum", (u,), (*args, p), interpret)
-    return k.call("multiply", (y,), (*args, u), interpret)[0]
+    (u_or_slices,) = k.call("slices", (*slices, u)[:1], args, interpret)
+    if slices:
+        (u_or_slices,) = k.call("sum", (u,), (*args, u_or_slices), interpret)
+    return k.call("multiply", (y,), (*args, u_or_slices), interpret)[0]

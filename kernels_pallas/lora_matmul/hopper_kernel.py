@@ -55,10 +55,11 @@ class Kernel:
         return Shrink(
             rows=self.rows, width=self.width, parts=self.parts, pages=self.pages, slices=t.slices,
             group=t.group, stages=t.shrink_stages, chunk=self.chunk, sms=self.sms, dtype=self.dtype,
+            single=t.single,
         )  # fmt: skip
 
     def out_types(self) -> tuple[jax.ShapeDtypeStruct, ...]:
-        """y; u = x A^T, masked; and its slices."""
+        """y; u = x A^T, masked; and its slices, if they are summed."""
         y = (self.t.split, self.rows, sum(self.part_sizes))
         return jax.ShapeDtypeStruct(y, self.out_dtype), *self.shrink.out_types()
 
@@ -86,7 +87,7 @@ class Kernel:
                 full(num_arrivals=1 + self.chunk),
                 tile((t.shrink_stages * self.rows + over, 64)),
                 tile((t.shrink_stages, t.group * self.parts * PAGE, 64)),
-                plgpu.SMEM((self.rows, PAGE), self.dtype),
+                plgpu.SMEM(self.shrink.staging(), self.dtype),
                 plgpu.Barrier(num_arrivals=1 + t.group, num_barriers=t.shrink_stages),
                 plgpu.Barrier(num_arrivals=1),
             ]
@@ -120,10 +121,10 @@ class Kernel:
             pl.when(wg == 0)(partial(self.multiply, ring, y, ys, jnp.int32(0)))
             return
         x, w, a, b, pages, count, mask, sync = refs[:8]
-        rest, scratch = refs[8:-11], refs[-11:]
+        rest, scratch, single = refs[8:-11], refs[-11:], self.t.single
         y, u, p = {
-            "all": lambda: rest,
-            "slices": lambda: (None, None, rest[0]),
+            "all": lambda: (*rest, None)[:3],
+            "slices": lambda: (None, rest[0], None) if single else (None, None, rest[0]),
             "sum": lambda: (None, rest[1], rest[0]),
             "multiply": lambda: (rest[1], rest[0], None),
         }[phase]()
@@ -141,13 +142,14 @@ class Kernel:
         @pl.when(wg == 2)
         def _() -> None:
             if phase in ("all", "slices"):
-                self.shrink.slice(x, a, p, pages, mask, active, sx, sa, full_shrink)
-            if counters:
-                pl.when(active > 0)(partial(counters.meet, 0))
-            if phase in ("all", "sum"):
-                self.shrink.sum(p, u, us, active)
+                self.shrink.slice(x, a, p, u, pages, mask, active, sx, sa, us, full_shrink)
             if counters:  # the one who waits for the others has nothing else to do
-                pl.when(active > 0)(partial(counters.meet, 1))
+                pl.when(active > 0)(partial(counters.meet, 0))
+            if phase in ("all", "sum") and not single:
+                self.shrink.sum(p, u, us, active)
+                if counters:
+                    pl.when(active > 0)(partial(counters.meet, 1))
+            if counters:
                 pl.when(active > 0)(lambda: plgpu.barrier_arrive(u_there))
 
         @pl.when(wg == 0)
@@ -169,8 +171,7 @@ class Kernel:
 
     def _expands(self, active: jax.Array, s: jax.Array) -> jax.Array:
         """Expand steps of a tile: K splits take chunks of pages in turn."""
-        chunks = cdiv(active, self.chunk)
-        return lax.max(cdiv(chunks - s, self.t.split), 0)
+        return lax.max(cdiv(self.shrink.expands(active) - s, self.t.split), 0)
 
     @property
     def _steps(self) -> int:
@@ -186,9 +187,7 @@ class Kernel:
         ends = [sum(self.part_sizes[: j + 1]) // t.bn for j in range(self.parts)]
 
         def page_ids(s: jax.Array, e: jax.Array | int) -> list[jax.Array]:
-            """Pages of an expand step, or of the last one there could be."""
-            first = lax.min((s + e * t.split) * self.chunk, jnp.int32(self.pages - self.chunk))
-            return [pages[first + j] for j in range(self.chunk)]
+            return self.shrink.page_ids(pages, s + e * t.split)
 
         def tile(i: jax.Array, carry: Any) -> Any:
             n, waited = carry

@@ -1,7 +1,8 @@
 """The shrink of a fused launch: u = x A^T of the active rank pages, in two passes over the grid.
 
 A warpgroup of every block that is left over takes units of work, dealt from the last block on. First
-slices of K (`slice`); when all are there, their sums (`sum`).
+slices of K (`slice`); when all are there, their sums (`sum`). The slices of a single page are not
+summed: they are ranks of their own, [u0 | u1 ..] @ [B ; B ..], and nobody waits a second time.
 """
 
 import dataclasses
@@ -41,20 +42,46 @@ class Shrink:
     """Rank pages of one expand step: u is zero up to a whole chunk."""
     sms: int
     dtype: Any
+    single: bool
+    """At most one page is active, whatever room `pages` has."""
 
-    def out_types(self) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
-        """u = x A^T, masked; and its slices."""
+    def __post_init__(self) -> None:
+        if self.single and (self.group > 1 or self.slices % self.chunk):
+            raise ValueError(
+                f"{self.slices} slices, groups of {self.group}: a single page has groups of 1 and "
+                f"slices that fill expand steps of {self.chunk}"
+            )
+
+    def out_types(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """u = x A^T, masked; and its slices, if they are summed."""
+        width = (self.slices if self.single else self.pages) * PAGE
+        u = jax.ShapeDtypeStruct((self.parts, self.rows, width), self.dtype)
+        if self.single:
+            return (u,)
         slices = (self.slices, self.pages * self.parts, 64, PAGE)
-        return (
-            jax.ShapeDtypeStruct((self.parts, self.rows, self.pages * PAGE), self.dtype),
-            jax.ShapeDtypeStruct(slices, jnp.float32),
-        )
+        return u, jax.ShapeDtypeStruct(slices, jnp.float32)
+
+    def staging(self) -> tuple[int, ...]:
+        """Shape of the shared memory that u goes through: all parts as wgmma gives them, or a sum."""
+        return (self.parts, 64, PAGE) if self.single else (self.rows, PAGE)
+
+    def expands(self, active: jax.Array) -> jax.Array:
+        """Expand steps of a product."""
+        return cdiv(active * self.slices if self.single else active, self.chunk)
+
+    def page_ids(self, pages: Any, step: jax.Array | int) -> list[jax.Array]:
+        """Pages of an expand step, or of the last one there could be."""
+        if self.single:
+            return [pages[0]] * self.chunk
+        first = lax.min(step * self.chunk, jnp.int32(self.pages - self.chunk))
+        return [pages[first + j] for j in range(self.chunk)]
 
     def slice(
-        self, x: Any, a: Any, p: Any, pages: Any, mask: Any, active: jax.Array, sx: Any, sa: Any,
-        full: Any,
+        self, x: Any, a: Any, p: Any, u: Any, pages: Any, mask: Any, active: jax.Array, sx: Any,
+        sa: Any, us: Any, full: Any,
     ) -> None:  # fmt: skip
-        """p[q, page and part, row] = x[row, slice q] A[page, part, slice q]^T, masked."""
+        """p[q, page and part, row] = x[row, slice q] A[page, part, slice q]^T, masked; of a single
+        page u[part, row, q and rank]."""
         rows, parts = self.rows, self.parts
         steps = self.width // 64 // self.slices
 
@@ -84,12 +111,15 @@ class Shrink:
             for k in range(min(self.stages, steps)):
                 issue(k)
 
+            columns = self.group * parts
+
             def accumulate(acc: Any) -> jax.Array:
                 def step(k: jax.Array, carry: jax.Array) -> jax.Array:
                     slot = lax.rem(n + k, jnp.int32(self.stages))
                     plgpu.barrier_wait(full.at[slot])
                     x_tile = sx.at[pl.ds(slot * rows, 64)]
-                    plgpu.wgmma(acc, x_tile, sa.at[slot].transpose((1, 0)))
+                    a_tile = sa.at[slot, pl.ds(0, columns * PAGE)]
+                    plgpu.wgmma(acc, x_tile, a_tile.transpose((1, 0)))
                     plgpu.wgmma_wait(0)
                     if steps > self.stages:
                         following = k + self.stages
@@ -101,17 +131,28 @@ class Shrink:
 
             layout = plgpu.Layout.WGMMA.reduce(1)
             owns = [load(mask, (g * self.group + j,), layout) for j in range(self.group)]
-            columns = self.group * parts
             acc = pl.run_scoped(accumulate, ACC((64, columns * PAGE), jnp.float32))
+            if self.single:
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             for column in range(columns):
                 values = acc[:, column * PAGE : (column + 1) * PAGE]
                 own = lax.broadcast_in_dim(owns[column // parts], values.shape, [0])
-                p.at[q, g * columns + column][...] = values * own
+                if self.single:
+                    us[column] = (values * own).astype(self.dtype)
+                else:
+                    p.at[q, g * columns + column][...] = values * own
+            if self.single:
+                plgpu.commit_smem()
+                for part in range(parts):
+                    there = u.at[part, :, pl.ds(q * PAGE, PAGE)]
+                    plgpu.copy_smem_to_gmem(us.at[part, pl.ds(0, rows)], there)
             return n + steps, *page_ids(i + 1)
 
         first = page_ids(0)
         total = cdiv(active, self.group) * self.slices
         lax.fori_loop(0, self._units_of_block(total), unit, (jnp.int32(0), *first))
+        if self.single:
+            plgpu.wait_smem_to_gmem(0, wait_read_only=False)
 
     def sum(self, p: Any, u: Any, us: Any, active: jax.Array) -> None:
         """u[part, row, rank] = the sum of p over slices; zeros up to a whole chunk of pages."""

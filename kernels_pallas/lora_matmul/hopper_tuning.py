@@ -29,6 +29,8 @@ class Tuning:
     tail: int
     """Tiles of w that are taken after the expand steps: they hide that B and u come late. More leave
     the shrink less time (of qkv with one adapter: 8 17.1 us, 2 16.2, 1 16.1 on an H200)."""
+    single: bool = False
+    """At most one rank page is active: see `single_page`."""
 
 
 def tuning(rows: int, width: int, part_sizes: tuple[int, ...], sms: int) -> Tuning:
@@ -61,6 +63,12 @@ def tuning(rows: int, width: int, part_sizes: tuple[int, ...], sms: int) -> Tuni
     return made
 
 
+def single_page(t: Tuning) -> Tuning:
+    """The same for steps of at most one rank page: its slices of u are not summed, if they fill
+    expand steps."""
+    return t if t.slices % (t.bk // PAGE) else dataclasses.replace(t, group=1, single=True)
+
+
 def base_tuning(rows: int, width: int, part_sizes: tuple[int, ...], sms: int) -> Tuning:
     """The same for the product alone: no adapter's load queues behind what is in flight, so narrow
     tiles have one more (qkv 22.3 -> 20.0 us on an H200, down 42.2 -> 41.2; wide ones lost 4%)."""
@@ -74,4 +82,4 @@ def _shared_bytes(t: Tuning, rows: int, parts: int) -> int:
     tiles = 2 * t.stages * (rows * t.bk + t.bk * t.bn) + 2 * over * t.bk
     shrink = parts and 128 * (t.shrink_stages * (rows + t.group * parts * PAGE) + over)
     out = min(2, t.bn // 64) * 64 * 64 * (2 if t.split == 1 else 4)
-    return tiles + shrink + out + 64 * PAGE * 2
+    return tiles + shrink + out + 64 * PAGE * 2 * (parts if t.single else 1)

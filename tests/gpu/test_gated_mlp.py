@@ -23,14 +23,24 @@ def launch(x, gate_up, down, pools, segments, rows):
 
 
 @pytest.mark.parametrize(
-    ("name", "count", "rank"),
-    [("uniform", 32, None), ("distinct", 64, 16), ("identical", 8, 16), ("zipf", 50, None)],
+    ("name", "count", "rank", "bucket"),
+    [
+        ("uniform", 32, None, None),
+        ("distinct", 64, 16, None),
+        ("identical", 8, 16, None),
+        ("zipf", 50, None, None),
+        ("identical", 1, 16, 1),  # a single page
+        ("identical", 32, 16, 1),
+        ("identical", 64, 16, 1),
+    ],
 )
-def test_delta_is_exact_while_unused_pages_hold_nan_and_bitwise_the_same_again(name, count, rank):
+def test_delta_is_exact_while_unused_pages_hold_nan_and_bitwise_the_same_again(
+    name, count, rank, bucket
+):
     rows = testing.pattern(name, count, rank=rank)
     if count > 8:
         rows.adapter[::9] = -1  # base rows in between
-    case = Case.random(rows, WIDTH, HIDDEN)
+    case = Case.random(rows, WIDTH, HIDDEN, bucket=bucket)
     args = (case.x, case.gate_up, case.down, case.pools, case.segments, None)
     outs = [np.asarray(launch(*args)) for _ in range(8)]
     base, delta = case.exact("silu", lora=True)

@@ -64,6 +64,22 @@ def test_delta_is_exact_while_unused_pages_hold_nan(
     assert testing.delta_error(np.asarray(out.astype(jnp.float32)), base, delta) < 1.5e-2
 
 
+@pytest.mark.parametrize("group", list(LLAMA_8B))
+@pytest.mark.parametrize("count", [1, 8, 32, 64])
+def test_delta_of_a_single_page_is_exact_and_bitwise_the_same_again(group: str, count: int) -> None:
+    rows = testing.pattern("identical", count)
+    if count > 8:
+        rows.adapter[::9] = -1  # base rows in between
+    x, w, pool, segs, parts = inputs(group, rows, 9, 1)
+    base, delta = testing.exact(x, w, pool, segs, parts)
+    unused = np.setdiff1d(np.arange(1, 9), np.asarray(segs.pages))
+    pool = RankPool(a=pool.a.at[unused].set(jnp.nan), b=pool.b.at[unused].set(jnp.nan))
+    f = jax.jit(lambda *a: lora_matmul(*a, part_sizes=parts, implementation="hopper"))
+    outs = [np.asarray(f(x, w, pool, segs).astype(jnp.float32)) for _ in range(5)]
+    assert testing.delta_error(outs[0], base, delta) < 1.5e-2
+    assert all(np.array_equal(outs[0], other) for other in outs)
+
+
 @pytest.mark.parametrize("count", [32, 256, 2048])
 def test_repeated_and_chained_calls_leave_the_counters_clean_and_agree_bitwise(count: int) -> None:
     rows = testing.pattern("uniform", count)

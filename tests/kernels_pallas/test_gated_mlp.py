@@ -14,7 +14,12 @@ import pytest
 from kernels_pallas import testing
 from kernels_pallas.act_mul import act_mul
 from kernels_pallas.gated_mlp import gated_mlp, hopper
-from kernels_pallas.gated_mlp.hopper_tuning import Tuning, shared_bytes, tuning
+from kernels_pallas.gated_mlp.hopper_tuning import (
+    Tuning,
+    shared_bytes,
+    single_page,
+    tuning,
+)
 from kernels_pallas.lora_matmul import RankPool, Segments, lora_matmul
 from kernels_pallas.lora_matmul.hopper_tuning import SHARED_BYTES
 
@@ -35,14 +40,17 @@ class Case:
     segments: Segments
 
     @classmethod
-    def random(cls, rows: testing.Rows, width: int, hidden: int, dtype: str = "bfloat16") -> "Case":
+    def random(
+        cls, rows: testing.Rows, width: int, hidden: int, dtype: str = "bfloat16",
+        bucket: int | None = None,
+    ) -> "Case":  # fmt: skip
         rng, kind = np.random.default_rng(5), jnp.dtype(dtype)
         count, pages = len(rows.adapter), rows.pages + 4
         x, gate_up = testing.random_inputs(
             rng, rows=count, width=width, total=2 * hidden, dtype=kind
         )
         _, down = testing.random_inputs(rng, rows=1, width=hidden, total=width, dtype=kind)
-        segs = testing.segments(rows, pool_pages=pages, bucket=rows.pages + 1)
+        segs = testing.segments(rows, pool_pages=pages, bucket=bucket or rows.pages + 1)
         unused = np.setdiff1d(np.arange(1, pages), np.asarray(segs.pages))
 
         def pool(width: int, part_sizes: tuple[int, ...]) -> RankPool:
@@ -99,6 +107,24 @@ def test_the_interpreted_launch_matches_float64_with_adapters(count, hidden, act
     )  # fmt: skip
     assert got.shape == (split, count, 128)
     base, delta = case.exact(activation, lora=True)
+    error = testing.delta_error(np.asarray(got).sum(0), base, delta)
+    assert error < testing.tolerance(jnp.dtype("bfloat16"))
+
+
+@interpreted
+@pytest.mark.parametrize("count", [13, 40])
+def test_the_interpreted_launch_for_a_single_page_matches_float64(count):
+    rows = testing.pattern("uniform", count, rank=16, resident=1)
+    rows.adapter[::5] = -1
+    case = Case.random(rows, 256, 256, bucket=1)
+    config = single_page(tuning(-(-count // 8) * 8, 256, 256, BLOCKS, lora=True))
+    assert config.single
+    config = dataclasses.replace(config, slots=4, split=2, shrink_stages=2)
+    got = hopper.gated_mlp(
+        case.x, case.gate_up, case.down, case.pools, case.segments, None,
+        activation="silu", config=config, sms=BLOCKS, interpret=True,
+    )  # fmt: skip
+    base, delta = case.exact("silu", lora=True)
     error = testing.delta_error(np.asarray(got).sum(0), base, delta)
     assert error < testing.tolerance(jnp.dtype("bfloat16"))
 
@@ -166,7 +192,8 @@ def test_gradients_are_those_of_the_three_steps(monkeypatch):
 )
 def test_tiles_of_real_models_fit_shared_memory(rows, lora, width, hidden):
     made = tuning(rows, width, hidden, 132, lora=lora)
-    assert shared_bytes(made, rows, lora) <= SHARED_BYTES
+    for own in (made, single_page(made)):
+        assert shared_bytes(own, rows, lora) <= SHARED_BYTES
     assert made.rounds >= 2
     assert made.down.group == 2 * made.gate_up.group
     late, rest = divmod(hidden, 64 * made.rounds * made.split)

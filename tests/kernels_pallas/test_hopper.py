@@ -13,7 +13,13 @@ import pytest
 
 from kernels_pallas import testing
 from kernels_pallas.lora_matmul import RankPool, Segments, hopper, lora_matmul
-from kernels_pallas.lora_matmul.hopper_tuning import SHARED_BYTES, Tuning, _shared_bytes, tuning
+from kernels_pallas.lora_matmul.hopper_tuning import (
+    SHARED_BYTES,
+    Tuning,
+    _shared_bytes,
+    single_page,
+    tuning,
+)
 from kernels_pallas.lora_matmul.shapes import LLAMA_8B, TINY
 
 BLOCKS = 2  # the interpreter runs every warpgroup of every block as a thread
@@ -25,8 +31,11 @@ SMALL = Tuning(
 )  # fmt: skip
 
 
+SINGLE = single_page(dataclasses.replace(SMALL, split=2, slices=4))
+
+
 def case(
-    group: str, rows: testing.Rows
+    group: str, rows: testing.Rows, bucket: int | None = None
 ) -> tuple[jax.Array, jax.Array, RankPool, Segments, tuple[int, ...]]:
     width, parts = TINY[group]
     rng, kind = np.random.default_rng(3), jnp.dtype("bfloat16")
@@ -35,7 +44,7 @@ def case(
     )
     pages = rows.pages + 4
     pool = testing.random_pool(rng, pages=pages, width=width, part_sizes=parts, dtype=kind)
-    segs = testing.segments(rows, pool_pages=pages, bucket=rows.pages + 1)
+    segs = testing.segments(rows, pool_pages=pages, bucket=bucket or rows.pages + 1)
     unused = np.setdiff1d(np.arange(1, pages), np.asarray(segs.pages))
     pool = RankPool(a=pool.a.at[unused].set(jnp.nan), b=pool.b.at[unused].set(jnp.nan))
     return x, w, pool, segs, parts
@@ -63,6 +72,38 @@ def test_interpreted_kernel_matches_float64(
     base, delta = testing.exact(x, w, pool, segs, parts)
     got = np.asarray(out.astype(jnp.float32).sum(0))
     assert testing.delta_error(got, base, delta) < testing.tolerance(jnp.dtype("bfloat16"))
+
+
+@interpreted
+@pytest.mark.parametrize("group", ["qkv", "down"])
+def test_interpreted_kernel_for_a_single_page_matches_float64(group: str) -> None:
+    rows = testing.pattern("uniform", 13, rank=16, resident=1)
+    rows.adapter[::5] = -1
+    x, w, pool, segs, parts = case(group, rows, bucket=1)
+    own = {"part_sizes": parts, "config": SINGLE, "sms": BLOCKS, "interpret": True}
+    out = hopper.matmul(x, w, pool, segs, **own)
+    base, delta = testing.exact(x, w, pool, segs, parts)
+    got = np.asarray(out.astype(jnp.float32).sum(0))
+    assert testing.delta_error(got, base, delta) < testing.tolerance(jnp.dtype("bfloat16"))
+
+
+@interpreted
+def test_interpreted_kernel_for_a_single_page_without_any_is_the_product() -> None:
+    x, w, pool, segs, parts = case("qkv", testing.pattern("base", 9), bucket=1)
+    own = {"part_sizes": parts, "config": SINGLE, "sms": BLOCKS, "interpret": True}
+    got = np.asarray(hopper.matmul(x, w, pool, segs, **own).astype(jnp.float32).sum(0))
+    exact = np.asarray(x, np.float64) @ np.asarray(w, np.float64)
+    assert np.linalg.norm(got - exact) < 4e-3 * np.linalg.norm(exact)
+
+
+def test_a_single_page_is_not_summed_only_where_its_slices_fill_expand_steps() -> None:
+    assert SINGLE.single
+    assert not single_page(SMALL).single
+    wrong = dataclasses.replace(SMALL, single=True, group=1)
+    x, w, pool, segs, parts = case("o", testing.pattern("base", 8), bucket=1)
+    own = {"part_sizes": parts, "config": wrong, "sms": BLOCKS, "interpret": True}
+    with pytest.raises(ValueError, match="2 slices"):
+        jax.eval_shape(lambda *args: hopper.matmul(*args, **own), x, w, pool, segs)
 
 
 @interpreted
@@ -136,7 +177,8 @@ def test_gradients_of_the_fused_matmul_are_those_of_xla(monkeypatch: pytest.Monk
 def test_tiles_fit_shared_memory_and_divide_the_shape(rows: int, group: str) -> None:
     width, parts = LLAMA_8B[group]
     t = tuning(rows, width, parts, 132)
-    assert _shared_bytes(t, rows, len(parts)) <= SHARED_BYTES
+    for own in (t, single_page(t)):
+        assert _shared_bytes(own, rows, len(parts)) <= SHARED_BYTES
     assert all(size % t.bn == 0 for size in parts)
     assert width % (t.bk * t.split) == 0
     assert width % (64 * t.slices) == 0

@@ -64,12 +64,14 @@ def test_a_profile_tells_launches_by_name():
     assert "lora_matmul_4096x4096" in text
 
 
-@pytest.mark.parametrize("rows", [8, 32, 128, 256, 2048])
+@pytest.mark.parametrize(
+    ("rows", "pages"), [(8, 32), (8, 1), (32, 32), (64, 1), (128, 32), (256, 32), (2048, 32)]
+)
 @pytest.mark.parametrize("group", list(LLAMA_8B))
-def test_the_lora_matmul_is_one_launch(group, rows):
+def test_the_lora_matmul_is_one_launch(group, rows, pages):
     width, parts = LLAMA_8B[group]
     pool = RankPool(a=like(PAGES, 16 * len(parts), width), b=like(PAGES, 16, sum(parts)))
-    segments = Segments(pages=ints(32), owner=ints(32), adapter=ints(rows))
+    segments = Segments(pages=ints(pages), owner=ints(pages), adapter=ints(rows))
 
     def f(x, w, pool, segments):
         return lora_matmul.matmul(x, w, pool, segments, part_sizes=parts)
