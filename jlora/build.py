@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora.adapter_text import AdapterTexts
-from jlora.adapters.adapter import Adapter
+from jlora.adapters.adapter import LEVELS, Adapter
 from jlora.adapters.entry import AdapterEntry
 from jlora.adapters.groups import page_bytes
 from jlora.adapters.peft import read_adapter
@@ -38,6 +38,7 @@ from jlora.parts import MemoryPlan, Parts, Progress
 from jlora.shape import Shape
 from jlora.sharding import Layout, make_mesh
 from jlora.tokenizer import Tokenizer
+from kernels_pallas.hardware import is_hopper
 
 log = logging.getLogger(__name__)
 
@@ -114,7 +115,10 @@ def build_engine(options: ModelOptions, *, progress: Progress | None = None) -> 
     # A GPU's compiler times kernels, and what is left of its memory is measured: weights first.
     model = load() if platform == "gpu" else None
 
-    config = _engine_config(options, cfg, _PLATFORMS[platform])
+    # XLA multiplies padding pages, too.
+    fused = cfg.experts is None and dtype.itemsize == 2 and held.support == LEVELS["plain"]
+    free_padding = fused and is_hopper("lora_matmul")
+    config = _engine_config(options, cfg, _PLATFORMS[platform], free_padding)
     lora_pages = _lora_pages(options, layout, dtype, config.rank_page, held)
     rank_pages = RankPages(
         cfg, layout, mesh, lora_pages, dtype, config.rank_page, held.support, held.targets
@@ -241,7 +245,9 @@ def _weights(
     )
 
 
-def _engine_config(options: ModelOptions, cfg: ModelConfig, platform: _Platform) -> EngineConfig:
+def _engine_config(
+    options: ModelOptions, cfg: ModelConfig, platform: _Platform, free_padding: bool
+) -> EngineConfig:
     block = platform.prefill_block
     tokens = options.max_num_batched_tokens or platform.max_num_batched_tokens
     tokens = -(-tokens // block) * block
@@ -256,6 +262,7 @@ def _engine_config(options: ModelOptions, cfg: ModelConfig, platform: _Platform)
         max_loras=options.max_loras,
         prefill_block=block,
         rank_page=platform.rank_page,
+        free_padding=free_padding,
         enable_prefix_caching=options.enable_prefix_caching,
         max_logprobs=min(options.max_logprobs, cfg.vocab),
         seed=options.seed,

@@ -155,11 +155,14 @@ class Machine:
         )
         self.kv = zeros()
         self.slots = most_rows
-        # As the engine lays them out, so that no step changes its CUDA graph.
+        # As the engine lays them out, so that no step changes its CUDA graph: here the scores come and
+        # go as well.
         on_gpu = jax.default_backend() == "gpu"
-        devices = self.mesh.devices.flat if on_gpu else ()
-        scores = 4 * most_rows * cfg.vocab_rows
-        self._small_blocks = [small_blocks(device, scores) for device in devices]
+        self._small_blocks = [
+            small_blocks(device, 4 * count * cfg.vocab_rows)
+            for device in (self.mesh.devices.flat if on_gpu else ())
+            for count in {*rows, PROMPTS}
+        ]
         state = sampler.empty_slots(most_rows, cfg.vocab_rows)
         self.last = jax.device_put(state.last, sharding(self.mesh))
 

@@ -14,6 +14,10 @@ from jlora.shape import Shape
 RANK_ROWS = (16, 64, 128, 512)
 """Rank rows of all adapters of a step together, by default: doublings follow."""
 
+LARGE_STEP, LARGE_RANKS = 65, 2048
+"""Tokens of a step, and rank rows: where padding pages cost nothing, steps of at least so many tokens
+and at most so many ranks are one shape. More ranks take more memory for what they give."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
@@ -50,6 +54,9 @@ class EngineConfig:
     rank_page_buckets: tuple[int, ...] = ()
     """Active rank pages of the steps with LoRA (each shape also has a variant without); empty:
     RANK_ROWS up to 64 ranks for each of max_loras. The largest one bounds an adapter's rank."""
+    free_padding: bool = False
+    """Rank pages that are not active take no time, as in the Hopper launches: then fewer shapes differ
+    in nothing but room for pages. A program with LoRA costs a cold start up to ten seconds there."""
 
     def __post_init__(self) -> None:
         for name in [
@@ -151,7 +158,7 @@ class EngineConfig:
 
     def _default_ranks(self) -> tuple[int, ...]:
         most = 64 * self.max_loras
-        rows: list[int] = [*RANK_ROWS]
+        rows: list[int] = [n for n in RANK_ROWS if n != 64 or not self.free_padding]
         while rows[-1] < most:
             rows.append(rows[-1] * 2)
         return tuple(-(-n // self.rank_page) for n in (*(n for n in rows if n < most), most))
@@ -174,6 +181,9 @@ def buckets(config: EngineConfig) -> list[Shape]:
         ranks = {r for r in config.rank_page_buckets if least <= r <= most}
         if decode == config.max_num_seqs or not ranks:
             ranks.add(config.max_rank_pages)
+        if config.free_padding and decode + prefill >= LARGE_STEP:
+            alike = [pages for pages in ranks if pages * config.rank_page <= LARGE_RANKS]
+            ranks -= set(sorted(alike)[:-1])
         shapes += [
             Shape(
                 decode=decode,

@@ -60,6 +60,25 @@ def test_shapes_can_be_given_and_survive_replace():
     assert replace(config, seed=1).rank_page_buckets == (5,)
 
 
+def test_where_padding_pages_are_free_large_steps_have_one_shape_and_no_step_lacks_room():
+    fields: dict[str, Any] = {"max_loras": 32, "prefill_block": 64, "max_num_batched_tokens": 2048}
+    prefill = ((8, 64), (32, 128), (32, 2048))
+    fields |= {"decode_buckets": (8, 32), "prefill_buckets": prefill}
+    pages = {}
+    for free in (False, True):
+        for shape in buckets(make(free_padding=free, **fields)):
+            pages.setdefault((free, shape.decode, shape.prefill), []).append(shape.rank_pages)
+    assert pages[False, 8, 0] == [0, 1, 4, 8]
+    assert pages[True, 8, 0] == [0, 1, 8]
+    assert pages[False, 32, 0] == [0, 1, 4, 8, 32, 128]
+    assert pages[True, 32, 0] == [0, 1, 8, 32, 128]
+    assert pages[False, 32, 2048] == [0, 4, 8, 32, 64, 128]
+    assert pages[True, 32, 2048] == pages[True, 32, 128] == [0, 128]
+    assert pages[True, 8, 64] == [0, 8]
+    many = buckets(make(free_padding=True, **fields | {"max_loras": 256}))
+    assert [s.rank_pages for s in many if s.prefill == 2048] == [0, 64, 1024]
+
+
 @given(
     st.sampled_from([1, 3, 8, 32, 100]),
     st.sampled_from([16, 48, 64, 256]),
@@ -69,7 +88,8 @@ def test_shapes_can_be_given_and_survive_replace():
 def test_pick_gives_the_smallest_shape_that_fits_and_one_always_does(
     seqs: int, tokens: int, loras: int, data: st.DataObject
 ):
-    config = make(max_num_seqs=seqs, max_num_batched_tokens=tokens, max_loras=loras)
+    fields: dict[str, Any] = {"max_loras": loras, "free_padding": data.draw(st.booleans())}
+    config = make(max_num_seqs=seqs, max_num_batched_tokens=tokens, **fields)
     shapes = buckets(config)
     rows = data.draw(st.integers(0, seqs))
     prefill = data.draw(st.integers(0, tokens))
