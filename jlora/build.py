@@ -58,7 +58,11 @@ class _Platform:
 
     max_num_seqs: int
     max_num_batched_tokens: int
+    """Prompt tokens of the largest step by default; with `row_block`, decode rows included."""
     prefill_block: int
+    row_block: int | None
+    """Decode rows and prompt tokens of a step together are by default a multiple of it, or a little less:
+    a matmul with a few tiles more than there are SMs takes twice as long."""
     rank_page: int
     """Rank rows of a rank page: what a tensor core multiplies at once; on a CPU what most adapters
     have, for there a step costs the bytes of its pages."""
@@ -70,9 +74,23 @@ class _Platform:
 
 
 _PLATFORMS = {
-    "cpu": _Platform(32, 256, 16, 8, (1, 8, 32), ((8, 64),)),
+    "cpu": _Platform(
+        max_num_seqs=32,
+        max_num_batched_tokens=256,
+        prefill_block=16,
+        row_block=None,
+        rank_page=8,
+        decode_buckets=(1, 8, 32),
+        prefill_buckets=((8, 64),),
+    ),
     "gpu": _Platform(
-        256, 2048, 64, 16, (8, 16, 32, 64, 128, 256), ((8, 64), (32, 128), (256, 512))
+        max_num_seqs=256,
+        max_num_batched_tokens=2048,
+        prefill_block=64,
+        row_block=256,
+        rank_page=16,
+        decode_buckets=(8, 16, 32, 64, 128, 256),
+        prefill_buckets=((8, 64), (32, 128), (256, 512)),
     ),
 }
 
@@ -248,11 +266,12 @@ def _weights(
 def _engine_config(
     options: ModelOptions, cfg: ModelConfig, platform: _Platform, free_padding: bool
 ) -> EngineConfig:
-    block = platform.prefill_block
-    tokens = options.max_num_batched_tokens or platform.max_num_batched_tokens
-    tokens = -(-tokens // block) * block
     rows = options.max_num_seqs or platform.max_num_seqs
-    prefill = {(min(d, rows), min(max(t, block), tokens)) for d, t in platform.prefill_buckets}
+    block = platform.prefill_block
+    tokens = -(-(options.max_num_batched_tokens or 0) // block) * block
+    tokens = tokens or _prompt_tokens(platform, rows)
+    small = [(min(d, rows), max(t, block)) for d, t in platform.prefill_buckets]
+    prefill = {(d, min(_whole_blocks(platform, d, t), tokens)) for d, t in small}
     return EngineConfig(
         max_model_len=options.max_model_len or cfg.default_context,
         max_num_seqs=rows,
@@ -267,6 +286,22 @@ def _engine_config(
         max_logprobs=min(options.max_logprobs, cfg.vocab),
         seed=options.seed,
     )
+
+
+def _prompt_tokens(platform: _Platform, rows: int) -> int:
+    """Of the largest step by default."""
+    tokens, whole = platform.max_num_batched_tokens, platform.row_block
+    return (
+        tokens if whole is None else _whole_blocks(platform, rows, max(tokens - rows, tokens // 2))
+    )
+
+
+def _whole_blocks(platform: _Platform, rows: int, tokens: int) -> int:
+    """About as many prompt tokens, such that with `rows` decode rows they fill row blocks."""
+    block, whole = platform.prefill_block, platform.row_block
+    if whole is None or rows + tokens < whole:
+        return tokens
+    return max(((rows + tokens) // whole * whole - rows) // block * block, block)
 
 
 def _lora_pages(

@@ -68,8 +68,8 @@ SCALES = {
         clients=16, stream=(128, 256), seconds=15, gaps=(0.6, 0.2), places=8, rate=4.0,
         open=((1024, 256), (1024, 512)), shape="llama-3.1-8b",
         options={
-            "max_model_len": 2048, "max_num_seqs": 32, "max_num_batched_tokens": 2048,
-            "dtype": "bfloat16", "load_format": "dummy",
+            "max_model_len": 2048, "max_num_seqs": 32, "dtype": "bfloat16",
+            "load_format": "dummy",
         },
     ),
 }  # fmt: skip
