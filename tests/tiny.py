@@ -16,6 +16,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from tests.families import FAMILIES as FAMILIES
+from tests.families import ON_MESHES as ON_MESHES
 from tests.families import VOCAB as VOCAB
 from tests.families import model_config as model_config
 

@@ -9,7 +9,7 @@ from safetensors.numpy import load_file, save_file
 
 from jlora.models.config import ModelConfig
 from tests.models.steps import Piece, Steps
-from tests.tiny import FAMILIES, model_config
+from tests.tiny import ON_MESHES, model_config
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -33,8 +33,7 @@ def assert_equal(ours, theirs):
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("tp", [1, 2, 4])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "tp"), ON_MESHES)
 def test_chunks_and_decode_rows_in_shared_steps_equal_transformers_full_pass(
     tiny_model, family, tp
 ):

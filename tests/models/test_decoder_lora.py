@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from tests.models.steps import Piece, Steps
-from tests.tiny import FAMILIES
+from tests.tiny import ON_MESHES
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -64,8 +64,7 @@ def check_deltas(folder, adapters, tp):
         np.testing.assert_allclose(got - ours[0], delta, rtol=0, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("tp", [1, 2, 4])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "tp"), ON_MESHES)
 def test_two_adapters_beside_base_rows_make_the_deltas_that_peft_makes(
     tiny_model, tiny_adapter, family, tp
 ):
