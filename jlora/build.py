@@ -58,11 +58,7 @@ class _Platform:
 
     max_num_seqs: int
     max_num_batched_tokens: int
-    """Prompt tokens of the largest step by default; with `row_block`, decode rows included."""
     prefill_block: int
-    row_block: int | None
-    """Decode rows and prompt tokens of a step together are by default a multiple of it, or a little less:
-    a matmul with a few tiles more than there are SMs takes twice as long."""
     rank_page: int
     """Rank rows of a rank page: what a tensor core multiplies at once; on a CPU what most adapters
     have, for there a step costs the bytes of its pages."""
@@ -71,26 +67,33 @@ class _Platform:
     prefill_buckets: tuple[tuple[int, int], ...]
     """Steps with prompts by (decode rows, prompt tokens), beside the largest. Everybody waits for a
     step to end, and it computes its padding: a short prompt should not come in a large one."""
+    whole_blocks: bool
+    """Decode rows and prompt tokens of a step are together a multiple of ROW_BLOCKS, padding rows
+    included, and `max_num_batched_tokens` counts both, as vLLM's does. A matmul with a few tiles more
+    than there are SMs takes up to twice as long, and one of another number of rows is padded first."""
 
+
+ROW_BLOCKS = (128, 256)
+"""Of steps of up to as many rows, and of larger ones."""
 
 _PLATFORMS = {
     "cpu": _Platform(
         max_num_seqs=32,
         max_num_batched_tokens=256,
         prefill_block=16,
-        row_block=None,
         rank_page=8,
         decode_buckets=(1, 8, 32),
         prefill_buckets=((8, 64),),
+        whole_blocks=False,
     ),
     "gpu": _Platform(
         max_num_seqs=256,
         max_num_batched_tokens=2048,
         prefill_block=64,
-        row_block=256,
         rank_page=16,
         decode_buckets=(8, 16, 32, 64, 128, 256),
-        prefill_buckets=((8, 64), (32, 128), (256, 512)),
+        prefill_buckets=((64, 64), (64, 192), (256, 448)),
+        whole_blocks=True,
     ),
 }
 
@@ -267,19 +270,15 @@ def _engine_config(
     options: ModelOptions, cfg: ModelConfig, platform: _Platform, free_padding: bool
 ) -> EngineConfig:
     rows = options.max_num_seqs or platform.max_num_seqs
-    block = platform.prefill_block
-    tokens = -(-(options.max_num_batched_tokens or 0) // block) * block
-    tokens = tokens or _prompt_tokens(platform, rows)
-    small = [(min(d, rows), max(t, block)) for d, t in platform.prefill_buckets]
-    prefill = {(d, min(_whole_blocks(platform, d, t), tokens)) for d, t in small}
+    prefill = _prefill_buckets(platform, rows, options.max_num_batched_tokens)
     return EngineConfig(
         max_model_len=options.max_model_len or cfg.default_context,
         max_num_seqs=rows,
         decode_buckets=(*(n for n in platform.decode_buckets if n < rows), rows),
-        prefill_buckets=(*prefill, (rows, tokens)),
-        max_num_batched_tokens=tokens,
+        prefill_buckets=prefill,
+        max_num_batched_tokens=prefill[-1][1],
         max_loras=options.max_loras,
-        prefill_block=block,
+        prefill_block=platform.prefill_block,
         rank_page=platform.rank_page,
         free_padding=free_padding,
         enable_prefix_caching=options.enable_prefix_caching,
@@ -288,20 +287,26 @@ def _engine_config(
     )
 
 
-def _prompt_tokens(platform: _Platform, rows: int) -> int:
-    """Of the largest step by default."""
-    tokens, whole = platform.max_num_batched_tokens, platform.row_block
-    return (
-        tokens if whole is None else _whole_blocks(platform, rows, max(tokens - rows, tokens // 2))
-    )
+def _prefill_buckets(
+    platform: _Platform, rows: int, tokens: int | None
+) -> tuple[tuple[int, int], ...]:
+    """(decode rows, prompt tokens) of steps with prompts; the last is the largest."""
+    block, most = platform.prefill_block, tokens or platform.max_num_batched_tokens
+    if not platform.whole_blocks:
+        most = -(-most // block) * block
+        small = {(min(d, rows), min(max(t, block), most)) for d, t in platform.prefill_buckets}
+        return (*sorted(small - {(rows, most)}), (rows, most))
 
+    def whole(decode: int, total: int) -> tuple[int, int]:
+        decode = -(-min(decode, rows) // block) * block
+        total = max(total, decode + block)
+        size = ROW_BLOCKS[total > ROW_BLOCKS[0]]
+        return decode, -(-total // size) * size - decode
 
-def _whole_blocks(platform: _Platform, rows: int, tokens: int) -> int:
-    """About as many prompt tokens, such that with `rows` decode rows they fill row blocks."""
-    block, whole = platform.prefill_block, platform.row_block
-    if whole is None or rows + tokens < whole:
-        return tokens
-    return max(((rows + tokens) // whole * whole - rows) // block * block, block)
+    size = ROW_BLOCKS[most > ROW_BLOCKS[0]]
+    largest = whole(rows, max(most // size * size, rows + most // 2))
+    pairs = {whole(d, -(-min(d, rows) // block) * block + t) for d, t in platform.prefill_buckets}
+    return (*sorted(pair for pair in pairs if pair[1] < largest[1]), largest)
 
 
 def _lora_pages(

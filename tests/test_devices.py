@@ -183,20 +183,20 @@ def test_a_pool_that_is_smaller_than_the_share_is_said(monkeypatch, caplog):
     assert "60.0 of a device's 80.0 GB, less than --gpu-memory-utilization 0.9" in caplog.text
 
 
-@pytest.mark.parametrize("rows", [1, 8, 32, 64, 256, 512, 1024, 4096])
-def test_large_steps_of_a_gpu_fill_row_blocks_and_are_not_much_smaller(tiny_model, rows):
+@pytest.mark.parametrize("rows", [1, 8, 32, 100, 256, 512, 1024, 4096])
+@pytest.mark.parametrize("tokens", [None, 64, 300, 2048, 8192])
+def test_steps_with_prompts_are_whole_row_blocks_on_a_gpu(tiny_model, rows, tokens):
     cfg = ModelConfig.from_folder(tiny_model("llama"))
-
-    def largest(**options: Any) -> dict[int, int]:
-        made = ModelOptions(max_num_seqs=rows, max_model_len=64, **options)
-        found = build._engine_config(made, cfg, build._PLATFORMS["gpu"], free_padding=True)
-        return {rows + tokens: tokens for rows, tokens in found.prefill_buckets if tokens > 128}
-
-    for total, tokens in largest().items():
-        assert total % 256 == 0 or total % 256 > 256 - 64  # prompt tokens come 64 at a time
-        assert tokens >= 256
-    assert max(largest().values()) >= 1024
-    assert max(largest(max_num_batched_tokens=2048).values()) == 2048
+    options = ModelOptions(max_num_seqs=rows, max_model_len=64, max_num_batched_tokens=tokens)
+    made = build._engine_config(options, cfg, build._PLATFORMS["gpu"], free_padding=True)
+    totals = [sum(pair) for pair in made.prefill_buckets]
+    assert all(total == 128 or total % 256 == 0 for total in totals)
+    assert max(totals) <= max(tokens or 2048, 2 * rows + 1024 + 256)
+    decode, prompts = max(made.prefill_buckets, key=lambda pair: pair[1])
+    assert decode >= rows
+    assert prompts == made.max_num_batched_tokens >= 64
+    if tokens is None:
+        assert prompts >= 1024
 
 
 def test_temporary_buffers_of_an_8b_model_take_two_gigabytes_on_one_device(tiny_model):

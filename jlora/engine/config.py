@@ -50,7 +50,8 @@ class EngineConfig:
     decode_buckets: tuple[int, ...] = ()
     """Decode rows of the steps without prefill; empty: 1, 8, 32 and doublings up to the maximum."""
     prefill_buckets: tuple[tuple[int, int], ...] = ()
-    """(decode rows, prefill tokens) of the steps with prefill; empty: about (8, 64), and the maximum."""
+    """(decode rows, prefill tokens) of the steps with prefill; empty: about (8, 64), and the maximum.
+    Rows beyond `max_num_seqs` are padding."""
     rank_page_buckets: tuple[int, ...] = ()
     """Active rank pages of the steps with LoRA (each shape also has a variant without); empty:
     RANK_ROWS up to 64 ranks for each of max_loras. The largest one bounds an adapter's rank."""
@@ -137,13 +138,14 @@ class EngineConfig:
                 f"got {self.decode_buckets}",
                 param="decode_buckets",
             )
-        if (rows, tokens) not in self.prefill_buckets or any(
-            d < 0 or d > rows or t < 1 or t > tokens or t % self.prefill_block
-            for d, t in self.prefill_buckets
+        largest = any(d >= rows and t == tokens for d, t in self.prefill_buckets)
+        if not largest or any(
+            d < 0 or t < 1 or t > tokens or t % self.prefill_block for d, t in self.prefill_buckets
         ):
             raise ParameterError(
-                f"prefill_buckets must hold ({rows}, {tokens}) as the largest pair and multiples "
-                f"of prefill_block={self.prefill_block}, got {self.prefill_buckets}",
+                f"prefill_buckets must hold ({rows}, {tokens}) as the largest pair, or one of more "
+                f"rows, and multiples of prefill_block={self.prefill_block}, "
+                f"got {self.prefill_buckets}",
                 param="prefill_buckets",
             )
         if self.rank_page_buckets[0] < 1:
@@ -179,7 +181,7 @@ def buckets(config: EngineConfig) -> list[Shape]:
         most = max(64, 24 * rows) // config.rank_page
         least = min(64, (decode + prefill) * 3 // 4) // config.rank_page
         ranks = {r for r in config.rank_page_buckets if least <= r <= most}
-        if decode == config.max_num_seqs or not ranks:
+        if decode >= config.max_num_seqs or not ranks:
             ranks.add(config.max_rank_pages)
         if config.free_padding and decode + prefill >= LARGE_STEP:
             alike = [pages for pages in ranks if pages * config.rank_page <= LARGE_RANKS]

@@ -25,7 +25,7 @@ def make(**fields: Any) -> EngineConfig:
         ("max_logprobs", -1), ("max_adapter_wait", -1), ("max_adapter_wait", 0.5),
         ("decode_buckets", (1, 8)), ("decode_buckets", (0, 32)), ("decode_buckets", (32, 64)),
         ("prefill_buckets", ((8, 64),)), ("prefill_buckets", ((32, 256), (8, 60))),
-        ("prefill_buckets", ((32, 256), (64, 64))), ("rank_page_buckets", (0, 8)),
+        ("prefill_buckets", ((16, 256),)), ("rank_page_buckets", (0, 8)),
     ],
 )  # fmt: skip
 def test_a_wrong_limit_is_an_error_that_names_it(field: str, value: Any):

@@ -4,6 +4,7 @@ One engine is shared by the tests of a configuration; compiled programs are shar
 """
 
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,18 @@ def test_mixed_batches_generate_what_transformers_and_peft_generate(build, adapt
         assert job.tokens == adapters.greedy(name, prompt)
     texts = {tuple(adapters.greedy(name, PROMPTS[0])) for name in (None, "r4", "r8", "r24")}
     assert len(texts) == 4, "the adapters must change the text, or a dropped one would not show"
+
+
+def test_steps_that_are_padded_to_whole_row_blocks_generate_the_same(build, adapters, monkeypatch):
+    from jlora import build as builds
+
+    cpu = replace(builds._PLATFORMS["cpu"], whole_blocks=True, prefill_buckets=((16, 16),))
+    monkeypatch.setitem(builds._PLATFORMS, "cpu", cpu)
+    parts = build(max_num_seqs=3, max_num_batched_tokens=100)
+    assert parts.engine.config.prefill_buckets == ((16, 112),)
+    jobs = [Job(parts, prompt, name) for prompt, name in MIX]
+    for job, (prompt, name) in zip(jobs, MIX, strict=True):
+        assert job.tokens == adapters.greedy(name, prompt)
 
 
 def test_a_weighted_mix_generates_what_peft_generates_with_the_concatenated_adapter(
