@@ -6,7 +6,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from experiments.common import ROOT, Experiment, environment
 from experiments.show import plot_ratios
@@ -20,7 +20,7 @@ RANDOM: dict[str, dict[str, Any]] = {
     "h200x2": SHAPES["llama-3.2-1b"] | {"num_hidden_layers": 2, "vocab_size": 4096},
 }
 """config.json of the models of scales that do not take the embedded one."""
-DTYPES = {"h200x2": "bfloat16"}
+DTYPES: dict[str, Literal["float32", "bfloat16"]] = {"h200x2": "bfloat16"}
 TOLERANCES = {"float32": 2e-3, "bfloat16": 0.1}
 """Nats; sums in another order, and in bfloat16 rounded before devices add theirs."""
 

@@ -66,8 +66,7 @@ class Linear(nnx.Module):
 
         `summed` false: with an axis of parts that the reader sums, where nothing else is to be done."""
         own = pools.get(self.group) if pools is not None else None
-        scaled = own is not None and own.scale is not None
-        dtype = jnp.float32 if scaled else ops.product_dtype(x.dtype)
+        dtype = jnp.float32 if _is_scaled(own) else ops.product_dtype(x.dtype)
         summed = summed or not self.is_plain(own)
         y = self.weight.matmul(x, own, batch.segments, self.parts, dtype, summed=summed)
         y = ops.all_reduce(y, self.summed_over)
@@ -77,8 +76,12 @@ class Linear(nnx.Module):
 
     def is_plain(self, own: RankPool | ActivePages | None) -> bool:
         """Whether the projection is nothing but `lora_matmul`."""
-        scaled = own is not None and own.scale is not None
-        return self.summed_over == 1 and not scaled and self.bias is None
+        return self.summed_over == 1 and not _is_scaled(own) and self.bias is None
+
+
+def _is_scaled(own: RankPool | ActivePages | None) -> bool:
+    """Whether adapters may scale the product, as DoRA does."""
+    return own is not None and own.scale is not None
 
 
 class Layer(nnx.Module):

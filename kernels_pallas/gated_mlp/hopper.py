@@ -26,6 +26,7 @@ from kernels_pallas.lora_matmul.hopper import (
     product_by_xla,
     refuse,
     refuse_many_rows,
+    refuse_several_pages,
 )
 from kernels_pallas.lora_matmul.hopper_sync import counters
 from kernels_pallas.lora_matmul.types import PAGE, ActivePages, RankPool, Segments
@@ -64,6 +65,7 @@ def gated_mlp(
         config = tuning(padded_rows(x.shape[0]), width, hidden, sms, lora=pools is not None)
         if segments is not None and segments.pages.shape[0] == 1:
             config = single_page(config)
+    refuse_several_pages(config.single, segments)
     static = activation, config, sms, interpret
     return _gated_mlp(static, x, gate_up, down, pools, segments, rows)
 

@@ -57,6 +57,7 @@ def matmul(
             config = single_page(config)
     if isinstance(config, Tuning):
         refuse_many_rows(x)
+        refuse_several_pages(config.single, segments)
     return _matmul(part_sizes, config, sms, interpret, x, w, pool, segments)
 
 
@@ -109,6 +110,14 @@ def refuse_many_rows(x: jax.Array) -> None:
     """NotImplementedError for more than the launch for few rows takes."""
     if x.shape[0] > NARROW_ROWS:
         raise NotImplementedError(f"{x.shape[0]} rows: up to {NARROW_ROWS} are supported")
+
+
+def refuse_several_pages(single: bool, segments: Segments | None) -> None:
+    """ValueError for tiles of a single rank page where more may be active: all but one would be lost."""
+    if single and segments is not None and segments.pages.shape[0] > 1:
+        raise ValueError(
+            f"these tiles serve one rank page, {segments.pages.shape[0]} may be active"
+        )
 
 
 def padded_rows(rows: int) -> int:

@@ -99,6 +99,10 @@ def test_interpreted_kernel_for_a_single_page_without_any_is_the_product() -> No
 def test_a_single_page_is_not_summed_only_where_its_slices_fill_expand_steps() -> None:
     assert SINGLE.single
     assert not single_page(SMALL).single
+    x, w, pool, several, parts = case("o", testing.pattern("uniform", 8, rank=16, resident=2))
+    own = {"part_sizes": parts, "config": SINGLE, "sms": BLOCKS, "interpret": True}
+    with pytest.raises(ValueError, match="one rank page, 3 may be active"):
+        hopper.matmul(x, w, pool, several, **own)
     wrong = dataclasses.replace(SMALL, single=True, group=1)
     x, w, pool, segs, parts = case("o", testing.pattern("base", 8), bucket=1)
     own = {"part_sizes": parts, "config": wrong, "sms": BLOCKS, "interpret": True}
