@@ -71,7 +71,8 @@ class _Platform:
     whole_blocks: bool
     """Decode rows and prompt tokens of a step are together a multiple of ROW_BLOCKS, padding rows
     included, and `max_num_batched_tokens` counts both, as vLLM's does. A matmul with a few tiles more
-    than there are SMs takes up to twice as long, and one of another number of rows is padded first."""
+    than there are SMs takes up to twice as long, and one of another number of rows is padded first.
+    Decode rows alone are a multiple of 8 up to 64."""
 
 
 ROW_BLOCKS = (128, 256)
@@ -270,12 +271,15 @@ def _weights(
 def _engine_config(
     options: ModelOptions, cfg: ModelConfig, platform: _Platform, free_padding: bool
 ) -> EngineConfig:
-    rows = options.max_num_seqs or platform.max_num_seqs
+    rows = most = options.max_num_seqs or platform.max_num_seqs
+    if platform.whole_blocks:
+        size = 8 if rows <= 64 else ROW_BLOCKS[0]
+        most = -(-rows // size) * size
     prefill = _prefill_buckets(platform, rows, options.max_num_batched_tokens)
     return EngineConfig(
         max_model_len=options.max_model_len or cfg.default_context,
         max_num_seqs=rows,
-        decode_buckets=(*(n for n in platform.decode_buckets if n < rows), rows),
+        decode_buckets=(*(n for n in platform.decode_buckets if n < most), most),
         prefill_buckets=prefill,
         max_num_batched_tokens=prefill[-1][1],
         max_loras=options.max_loras,

@@ -189,6 +189,8 @@ def test_steps_with_prompts_are_whole_row_blocks_on_a_gpu(tiny_model, rows, toke
     cfg = ModelConfig.from_folder(tiny_model("llama"))
     options = ModelOptions(max_num_seqs=rows, max_model_len=64, max_num_batched_tokens=tokens)
     made = build._engine_config(options, cfg, build._PLATFORMS["gpu"], free_padding=True)
+    assert all(n % (8 if n <= 64 else 128) == 0 for n in made.decode_buckets)
+    assert rows <= made.decode_buckets[-1] < rows + 128
     totals = [sum(pair) for pair in made.prefill_buckets]
     assert all(total == 128 or total % 256 == 0 for total in totals)
     assert max(totals) <= max(tokens or 2048, 2 * rows + 1024 + 256)

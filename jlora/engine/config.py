@@ -48,10 +48,10 @@ class EngineConfig:
     seed: int = 0
     """Seeds the draws of requests that bring no seed of their own."""
     decode_buckets: tuple[int, ...] = ()
-    """Decode rows of the steps without prefill; empty: 1, 8, 32 and doublings up to the maximum."""
+    """Decode rows of the steps without prefill; empty: 1, 8, 32 and doublings up to the maximum. Rows
+    beyond `max_num_seqs` are padding, here and below."""
     prefill_buckets: tuple[tuple[int, int], ...] = ()
-    """(decode rows, prefill tokens) of the steps with prefill; empty: about (8, 64), and the maximum.
-    Rows beyond `max_num_seqs` are padding."""
+    """(decode rows, prefill tokens) of the steps with prefill; empty: about (8, 64), and the maximum."""
     rank_page_buckets: tuple[int, ...] = ()
     """Active rank pages of the steps with LoRA (each shape also has a variant without); empty:
     RANK_ROWS up to 64 ranks for each of max_loras. The largest one bounds an adapter's rank."""
@@ -132,9 +132,9 @@ class EngineConfig:
             ("rank_page_buckets", tuple(sorted(set(ranks)))),
         ):
             object.__setattr__(self, name, value)
-        if self.decode_buckets[-1] != rows or self.decode_buckets[0] < 1:
+        if self.decode_buckets[-1] < rows or self.decode_buckets[0] < 1:
             raise ParameterError(
-                f"decode_buckets must be positive and end with max_num_seqs={rows}, "
+                f"decode_buckets must be positive and reach max_num_seqs={rows}, "
                 f"got {self.decode_buckets}",
                 param="decode_buckets",
             )

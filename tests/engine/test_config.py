@@ -23,7 +23,7 @@ def make(**fields: Any) -> EngineConfig:
         ("max_model_len", 0), ("max_num_seqs", 0), ("max_num_seqs", 1.5), ("page_size", True),
         ("max_loras", 0), ("prefill_block", 0), ("max_num_batched_tokens", 100),
         ("max_logprobs", -1), ("max_adapter_wait", -1), ("max_adapter_wait", 0.5),
-        ("decode_buckets", (1, 8)), ("decode_buckets", (0, 32)), ("decode_buckets", (32, 64)),
+        ("decode_buckets", (1, 8)), ("decode_buckets", (0, 32)), ("decode_buckets", (8, 31)),
         ("prefill_buckets", ((8, 64),)), ("prefill_buckets", ((32, 256), (8, 60))),
         ("prefill_buckets", ((16, 256),)), ("rank_page_buckets", (0, 8)),
     ],

@@ -150,6 +150,7 @@ def test_steps_that_are_padded_to_whole_row_blocks_generate_the_same(build, adap
     cpu = replace(builds._PLATFORMS["cpu"], whole_blocks=True, prefill_buckets=((16, 16),))
     monkeypatch.setitem(builds._PLATFORMS, "cpu", cpu)
     parts = build(max_num_seqs=3, max_num_batched_tokens=100)
+    assert parts.engine.config.decode_buckets == (1, 8)
     assert parts.engine.config.prefill_buckets == ((16, 112),)
     jobs = [Job(parts, prompt, name) for prompt, name in MIX]
     for job, (prompt, name) in zip(jobs, MIX, strict=True):
