@@ -28,7 +28,7 @@ from jlora.benchmark.report import commit
 from jlora.benchmark.shapes import shape_config
 from jlora.device_memory import small_blocks
 from jlora.engine import sampler
-from jlora.engine.config import EngineConfig
+from jlora.engine.config import EngineConfig, buckets, pick
 from jlora.engine.flat_model import FlatModel
 from jlora.engine.steps import KV_AXES, Adapters, Steps
 from jlora.models.weights import abstract_decoder, dummy_weights
@@ -59,13 +59,23 @@ def serves(name: str, shape: Shape) -> bool:
     return {"xla": shape.rank_pages == 0, "summed": shape.rank_pages == 1}.get(name, True)
 
 
-def bucket(pages: int, tokens: int) -> int:
-    """Rank pages of the engine's program for a step with so many active ones."""
+def room(pages: int, rows: int, tokens: int) -> int:
+    """Rank pages that the engine's program for such a step holds, with --max-loras 32 or what is needed."""
     if not pages:
         return 0
-    least = min(64, tokens * 3 // 4) // RANK_PAGE
-    config = EngineConfig(max_model_len=PAGE, max_loras=-(-pages // 4), rank_page=RANK_PAGE)
-    return next(n for n in config.rank_page_buckets if n >= max(pages, least))
+    sequences, prompts = rows or PROMPTS, tokens or BLOCK
+    config = EngineConfig(
+        max_model_len=PAGE,
+        max_num_seqs=sequences,
+        max_num_batched_tokens=prompts,
+        prefill_block=BLOCK,
+        rank_page=RANK_PAGE,
+        max_loras=max(32, -(-pages * RANK_PAGE // 64)),
+        free_padding=jax.default_backend() == "gpu",
+        decode_buckets=(sequences,),
+        prefill_buckets=((sequences, prompts),),
+    )
+    return pick(buckets(config), rows, tokens, pages).rank_pages
 
 
 @contextmanager
@@ -336,7 +346,7 @@ def main() -> None:
         begin = time.perf_counter()
         shapes = {
             n: Shape(
-                decode=rows, prefill=tokens, rank_pages=bucket(work.pages(n), rows + tokens),
+                decode=rows, prefill=tokens, rank_pages=room(work.pages(n), rows, tokens),
                 block=BLOCK, table=machine.table,
             )
             for n in counts
