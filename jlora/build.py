@@ -273,8 +273,7 @@ def _engine_config(
 ) -> EngineConfig:
     rows = most = options.max_num_seqs or platform.max_num_seqs
     if platform.whole_blocks:
-        size = 8 if rows <= 64 else ROW_BLOCKS[0]
-        most = -(-rows // size) * size
+        most = _up(rows, 8 if rows <= 64 else ROW_BLOCKS[0])
     prefill = _prefill_buckets(platform, rows, options.max_num_batched_tokens)
     return EngineConfig(
         max_model_len=options.max_model_len or cfg.default_context,
@@ -298,20 +297,27 @@ def _prefill_buckets(
     """(decode rows, prompt tokens) of steps with prompts; the last is the largest."""
     block, most = platform.prefill_block, tokens or platform.max_num_batched_tokens
     if not platform.whole_blocks:
-        most = -(-most // block) * block
+        most = _up(most, block)
         small = {(min(d, rows), min(max(t, block), most)) for d, t in platform.prefill_buckets}
         return (*sorted(small - {(rows, most)}), (rows, most))
 
-    def whole(decode: int, total: int) -> tuple[int, int]:
-        decode = -(-min(decode, rows) // block) * block
-        total = max(total, decode + block)
-        size = ROW_BLOCKS[total > ROW_BLOCKS[0]]
-        return decode, -(-total // size) * size - decode
+    def row_block(total: int) -> int:
+        return ROW_BLOCKS[total > ROW_BLOCKS[0]]
 
-    size = ROW_BLOCKS[most > ROW_BLOCKS[0]]
-    largest = whole(rows, max(most // size * size, rows + most // 2))
-    pairs = {whole(d, -(-min(d, rows) // block) * block + t) for d, t in platform.prefill_buckets}
+    def whole(decode: int, total: int) -> tuple[int, int]:
+        total = max(total, decode + block)
+        return decode, _up(total, row_block(total)) - decode
+
+    whole_most = most // row_block(most) * row_block(most)
+    largest = whole(_up(rows, block), max(whole_most, rows + most // 2))
+    small = [(_up(min(d, rows), block), t) for d, t in platform.prefill_buckets]
+    pairs = {whole(decode, decode + t) for decode, t in small}
     return (*sorted(pair for pair in pairs if pair[1] < largest[1]), largest)
+
+
+def _up(count: int, multiple: int) -> int:
+    """count, rounded up."""
+    return -(-count // multiple) * multiple
 
 
 def _lora_pages(

@@ -16,7 +16,7 @@ RANK_ROWS = (16, 64, 128, 512)
 
 LARGE_STEP, LARGE_RANKS = 65, 2048
 """Tokens of a step, and rank rows: where padding pages cost nothing, steps of at least so many tokens
-and at most so many ranks are one shape. More ranks take more memory for what they give."""
+(the launch for many rows) and at most so many ranks are one shape. More ranks take more memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,6 +160,7 @@ class EngineConfig:
 
     def _default_ranks(self) -> tuple[int, ...]:
         most = 64 * self.max_loras
+        # The launches take pages by eight: in one with room for four they cost what they cost in eight.
         rows: list[int] = [n for n in RANK_ROWS if n != 64 or not self.free_padding]
         while rows[-1] < most:
             rows.append(rows[-1] * 2)
