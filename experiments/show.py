@@ -1,5 +1,6 @@
 """How results are shown: tables for READMEs, plots, and what plots have in common."""
 
+import math
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -94,8 +95,9 @@ def room(group: Group) -> int:
 
 
 def error_bars(rows: Sequence[dict[str, Any]], key: str = "ratio") -> tuple[list, list]:
-    """(medians, [below, above]) of `ratio_rounds` or `tok_s_rounds`, for matplotlib."""
-    every = [row[f"{key}_rounds"] or [0.0] for row in rows]
+    """(medians, [below, above]) of `ratio_rounds` or `tok_s_rounds`, for matplotlib; NaN, of which
+    nothing is drawn, for a row without: no round in which neither it nor base was disturbed."""
+    every = [row[f"{key}_rounds"] or [math.nan] for row in rows]
     middle = [statistics.median(values) for values in every]
     below = [m - min(values) for m, values in zip(middle, every, strict=True)]
     above = [max(values) - m for m, values in zip(middle, every, strict=True)]
@@ -104,7 +106,8 @@ def error_bars(rows: Sequence[dict[str, Any]], key: str = "ratio") -> tuple[list
 
 def from_zero(axes: Any) -> None:
     """The y axis from 0, with space above what is drawn."""
-    axes.set_ylim(0, 1.08 * axes.dataLim.ymax)
+    if math.isfinite(axes.dataLim.ymax):  # else nothing is drawn
+        axes.set_ylim(0, 1.08 * axes.dataLim.ymax)
     axes.spines[["top", "right"]].set_visible(False)
 
 

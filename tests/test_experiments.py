@@ -1,10 +1,14 @@
 """Recipes of benchmarks and experiments load and fit each other; the report is made from raw results."""
 
 import importlib.util
+import json
+import math
 import re
 import runpy
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -52,6 +56,39 @@ def test_an_experiment_has_a_readme_and_draws_its_results(folder: Path, tmp_path
         if importlib.util.find_spec("matplotlib"):
             show.draw(module["plot"], groups, tmp_path / "plot.svg")
             assert "<svg" in (tmp_path / "plot.svg").read_text()
+
+
+def base_was_disturbed(line: dict[str, Any]) -> bool:
+    return line["case"]["system"] == "base"
+
+
+def adapters_were_disturbed(line: dict[str, Any]) -> bool:
+    return line["case"]["system"] != "base"
+
+
+def no_round_was_quiet(line: dict[str, Any]) -> bool:
+    return base_was_disturbed(line) == (line["round"] == 0)
+
+
+@pytest.mark.parametrize(
+    "disturbed", [base_was_disturbed, adapters_were_disturbed, no_round_was_quiet]
+)
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_an_experiment_draws_what_it_has_when_runs_were_disturbed(
+    folder: Path, disturbed: Callable[[dict[str, Any]], bool], tmp_path: Path
+):
+    pytest.importorskip("matplotlib")
+    recorded = next((folder / "results").glob("*.jsonl"))
+    lines = [json.loads(line) for line in recorded.read_text().splitlines()]
+    for line in lines:
+        if line["kind"] == "run":
+            line["seen"]["others_cpu"] = 0.5 if disturbed(line) else 0.0
+    (tmp_path / "r.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    groups = read_groups(tmp_path / "r.jsonl")
+    assert not any(row["ratio_rounds"] for row in groups[-1].rows if row["system"] != "base")
+    show.draw(runpy.run_path(str(folder / "run.py"))["plot"], groups, tmp_path / "plot.svg")
+    assert "<svg" in (tmp_path / "plot.svg").read_text()
+    assert all(map(math.isnan, show.error_bars(groups[-1].of("unmerged"))[0]))
 
 
 @pytest.mark.parametrize("folder", FOLDERS[:6], ids=lambda folder: folder.name)

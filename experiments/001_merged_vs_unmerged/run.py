@@ -18,10 +18,8 @@ def plot(figure: Any, groups: list[Group]) -> None:
         axes.errorbar(
             [row["adapters"] for row in rows], middle, spread, label=system, marker="o", capsize=3
         )
-    for row in groups[-1].of("compiled"):
-        axes.axhline(
-            row["ratio_to_base"], color="#999999", linestyle=":", label="LoRA compiled in, unused"
-        )
+    for ratio in error_bars(groups[-1].of("compiled"))[0]:
+        axes.axhline(ratio, color="#999999", linestyle=":", label="LoRA compiled in, unused")
     axes.axhline(1, color="#999999", linewidth=0.8)
     counts(axes, [row["adapters"] for row in groups[-1].of("unmerged")])
     axes.set_xlabel("adapters that requests ask for")

@@ -25,9 +25,8 @@ def plot(figure: Any, groups: list[Group]) -> None:
     for row in rows:
         _, paged, padded = padding(row["ranks"], row["adapters"], page)
         labels.append(f"{row['ranks']}\n{paged} / {padded}")
-    title = (
-        f"{rows[0]['adapters']} adapters of these ranks\nrank rows in pages / padded to the largest"
-    )
+    (adapters,) = group.session["workload"]["adapters_n"]
+    title = f"{adapters} adapters of these ranks\nrank rows in pages / padded to the largest"
     plot_ratios(figure, rows, labels, title)
 
 

@@ -12,9 +12,8 @@ from jlora.benchmark.results import Group
 def plot(figure: Any, groups: list[Group]) -> None:
     """Speed over base by popularity."""
     rows = groups[-1].of("unmerged")
-    plot_ratios(
-        figure, rows, [row["popularity"] for row in rows], f"{rows[0]['adapters']} adapters"
-    )
+    (adapters,) = groups[-1].session["workload"]["adapters_n"]
+    plot_ratios(figure, rows, [row["popularity"] for row in rows], f"{adapters} adapters")
 
 
 EXPERIMENT = Experiment(folder=Path(__file__).parent, plot=plot)
