@@ -56,26 +56,22 @@ class Batch:
         return Segments(pages=self.pages, owner=self.owner, adapter=adapter)
 
 
-def empty(shape: Shape, trash_slot: int) -> dict[str, np.ndarray]:
-    """A packed-to-be batch of padding only; the runner fills it in place."""
-    arrays = {name: np.zeros(size, np.int32) for name, size in shape.sizes().items()}
+def empty(shape: Shape, trash_slot: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """A step of padding only, as one int32 array (a step makes one host-to-device transfer), and
+    its parts by name: views, for the runner to fill in place."""
+    packed = np.zeros(shape.words, np.int32)
+    arrays = {}
+    for (name, size), start in zip(shape.sizes().items(), shape.starts().values(), strict=True):
+        arrays[name] = packed[start : start + prod(size)].reshape(size)
     arrays["positions"][:] = -1
     arrays["adapter"][:] = -1
     arrays["owner"][:] = -1
     arrays["slots"][:] = trash_slot
-    return arrays
-
-
-def pack(shape: Shape, arrays: dict[str, np.ndarray]) -> np.ndarray:
-    """One int32 array: a step makes one host-to-device transfer."""
-    packed = np.zeros(shape.words, np.int32)
-    for name, start in shape.starts().items():
-        packed[start : start + arrays[name].size] = arrays[name].reshape(-1)
-    return packed
+    return packed, arrays
 
 
 def unpack(shape: Shape, packed: Int[Array, "words"]) -> Batch:
-    """The inverse of `pack`, inside the compiled step."""
+    """The parts of `empty`'s array, inside the compiled step."""
     starts = shape.starts()
     arrays: dict[str, Any] = {
         name: jnp.reshape(packed[starts[name] : starts[name] + prod(size)], size)

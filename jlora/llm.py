@@ -149,9 +149,11 @@ class LLM:
                     )
                 )
 
-        def submit(choice: Choice, receive: Callable[[Event], None]) -> None:
+        def submit(
+            choice: Choice, receive: Callable[[Event], None], bell: Callable[[], None]
+        ) -> None:
             self.engine.submit(
-                choice.request_id, choice.prompt_ids, choice.params, adapter, receive
+                choice.request_id, choice.prompt_ids, choice.params, adapter, receive, bell
             )
 
         return Stream(

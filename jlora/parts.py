@@ -30,6 +30,7 @@ class EngineLike(Protocol):
         params: SamplingParams,
         adapter: AdapterEntry | None,
         on_event: Callable[[Event], None],
+        bell: Callable[[], None] | None = None,
     ) -> None: ...
 
     def abort(self, request_id: str) -> Any: ...

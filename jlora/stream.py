@@ -8,18 +8,17 @@ import asyncio
 import queue
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from jlora.engine.params import SamplingParams
 from jlora.engine.sequence import Event, TokenLogprobs
 from jlora.tokenizer import Detokenizer, Tokenizer
 
 
-@dataclass(frozen=True, kw_only=True)
-class Delta:
-    """What one engine event adds to one choice."""
+class Delta(NamedTuple):
+    """What the engine's events since the last one add to one choice."""
 
     index: int
     """Number of the choice in its request: prompt number * n + sample number."""
@@ -32,14 +31,27 @@ class Delta:
     stop_reason: int | str | None = None
     """The stop token or stop string that ended it; None for end-of-sequence."""
     error: str | None = None
-    at: float = 0.0
-    """When the event left the engine, in `time.monotonic` seconds."""
-    gap: float | None = None
-    """Seconds since the choice's last tokens; None for its first ones."""
+    first_at: float | None = None
+    """When the choice's first token left the engine, in `time.monotonic` seconds, if it is here."""
+    gaps: tuple[float, ...] = ()
+    """Seconds before the tokens of each event, but for the first."""
+
+    def followed_by(self, other: "Delta") -> "Delta":
+        """Both in one."""
+        return Delta(
+            index=self.index,
+            text=self.text + other.text,
+            token_ids=self.token_ids + other.token_ids,
+            logprobs=None if self.logprobs is None else self.logprobs + (other.logprobs or []),
+            finish_reason=other.finish_reason,
+            stop_reason=other.stop_reason,
+            error=other.error,
+            first_at=self.first_at,
+            gaps=self.gaps + other.gaps,
+        )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Cut:
+class Cut(NamedTuple):
     """Text that may be shown, and the stop string that was found at its end, if any."""
 
     text: str
@@ -124,14 +136,14 @@ class Choice:
         text, count, stop = "", 0, None
         # The token that ended the generation is not part of its text, as in vLLM.
         hidden = event.finish_reason == "stop" and not self.params.include_stop_str_in_output
+        shown = len(event.token_ids) - hidden
         for count, token in enumerate(event.token_ids, start=1):
-            last = hidden and count == len(event.token_ids)
-            piece = "" if last else self._detokenizer.push((token,))
             self.token_ids.append(token)
-            check = len(self.token_ids) > self.params.min_tokens
-            cut = self._stops.push(piece, check=check) if piece else Cut(text="")
-            text += cut.text
-            stop = cut.stop
+            piece = self._detokenizer.push((token,)) if count <= shown else ""
+            if piece and self.params.stop:
+                check = len(self.token_ids) > self.params.min_tokens
+                piece, stop = self._stops.push(piece, check=check)
+            text += piece
             if stop is not None:
                 break
         if stop is not None:
@@ -143,12 +155,17 @@ class Choice:
             if cut.stop is not None:
                 self.finish_reason, self.stop_reason = "stop", cut.stop
             self.error = event.error
-        logprobs = list(event.logprobs[:count]) if event.logprobs is not None else None
-        self.logprobs.extend(logprobs or ())
+        logprobs = None
+        if event.logprobs is not None:
+            logprobs = list(event.logprobs[:count])
+            self.logprobs.extend(logprobs)
         self.text += text
-        gap = None if self.last_at is None else at - self.last_at
+        first_at, gaps = None, ()
         if event.token_ids:
-            self.first_at = self.first_at or at
+            if self.last_at is None:
+                self.first_at = first_at = at
+            else:
+                gaps = (at - self.last_at,)
             self.last_at = at
         return Delta(
             index=self.index,
@@ -158,15 +175,21 @@ class Choice:
             finish_reason=self.finish_reason,
             stop_reason=self.stop_reason,
             error=self.error,
-            at=at,
-            gap=gap if event.token_ids else None,
+            first_at=first_at,
+            gaps=gaps,
         )
 
 
 class Waker(Protocol):
-    """How the engine's thread tells a reader that a stream has events."""
+    """How the engine's thread tells readers that streams have events."""
 
-    def wake(self, stream: "Stream") -> None: ...
+    def note(self, stream: "Stream") -> None:
+        """This stream has an event."""
+        ...
+
+    def ring(self) -> None:
+        """Wakes the readers of the streams that were noted."""
+        ...
 
 
 class ThreadWaker:
@@ -175,7 +198,10 @@ class ThreadWaker:
     def __init__(self) -> None:
         self._bell: queue.SimpleQueue[None] = queue.SimpleQueue()
 
-    def wake(self, stream: "Stream") -> None:
+    def note(self, stream: "Stream") -> None:
+        pass
+
+    def ring(self) -> None:
         self._bell.put(None)
 
     def wait(self) -> None:
@@ -187,12 +213,14 @@ class LoopWaker:
 
     def __init__(self, loop: asyncio.AbstractEventLoop):
         self._loop = loop
-        self._dirty: deque[Stream] = deque()
+        self._noted: deque[Stream] = deque()
         self._queued = False
 
-    def wake(self, stream: "Stream") -> None:
-        self._dirty.append(stream)
-        if not self._queued:
+    def note(self, stream: "Stream") -> None:
+        self._noted.append(stream)
+
+    def ring(self) -> None:
+        if self._noted and not self._queued:
             self._queued = True
             try:
                 self._loop.call_soon_threadsafe(self._deliver)
@@ -202,41 +230,42 @@ class LoopWaker:
     def _deliver(self) -> None:
         # Cleared first: an event that comes from now on asks for another delivery.
         self._queued = False
-        while self._dirty:
-            self._dirty.popleft().ready.set()
+        while self._noted:
+            self._noted.popleft().wake()
 
 
 class Stream:
     """All choices of one request. The engine's thread feeds it; one reader iterates.
 
-    Iterate with `for delta in stream` or `async for deltas in stream.batches()`, and call `close()`
-    at the end whatever happened: it aborts what still runs.
+    Iterate with `for delta in stream` or `while deltas := await stream.next()`, and call `close()` at
+    the end whatever happened: it aborts what still runs.
     """
 
     def __init__(
         self,
         choices: list[Choice],
         *,
-        submit: Callable[[Choice, Callable[[Event], None]], None],
+        submit: Callable[[Choice, Callable[[Event], None], Callable[[], None]], None],
         abort: Callable[[str], object],
         waker: Waker | None = None,
         adapter: Any = None,
     ):
         self.choices = choices
         self.adapter = adapter
-        self.ready = asyncio.Event()
         self.created = time.monotonic()
         self._submit = submit
         self._abort = abort
         self._waker: Waker = waker or ThreadWaker()
         self._events: deque[tuple[Choice, Event, float]] = deque()
         self._running = len(choices)
+        self._eager = True
+        self._waiter: asyncio.Future[None] | None = None
 
     def start(self) -> "Stream":
         """Hand every choice to the engine; when one is refused, none runs."""
         try:
             for choice in self.choices:
-                self._submit(choice, self._receiver(choice))
+                self._submit(choice, self._receiver(choice), self._waker.ring)
         except BaseException:
             self.close()
             raise
@@ -245,7 +274,8 @@ class Stream:
     def _receiver(self, choice: Choice) -> Callable[[Event], None]:
         def receive(event: Event) -> None:  # runs on the engine's thread
             self._events.append((choice, event, time.monotonic()))
-            self._waker.wake(self)
+            if self._eager or event.finish_reason is not None:
+                self._waker.note(self)
 
         return receive
 
@@ -254,18 +284,20 @@ class Stream:
         return self._running == 0
 
     def _take(self) -> list[Delta]:
-        deltas: list[Delta] = []
+        """One delta for each choice that has events: a reader who is late reads less often."""
+        deltas: dict[int, Delta] = {}
         while self._events:
             choice, event, at = self._events.popleft()
             delta = choice.feed(event, at)
             if delta is None:
                 continue
-            deltas.append(delta)
+            before = deltas.get(delta.index)
+            deltas[delta.index] = delta if before is None else before.followed_by(delta)
             if delta.finish_reason is not None:
                 self._running -= 1
                 if event.finish_reason is None:  # a stop string: the engine does not know it
                     self._abort(choice.request_id)
-        return deltas
+        return list(deltas.values())
 
     def __iter__(self) -> Iterator[Delta]:
         assert isinstance(self._waker, ThreadWaker), "this stream belongs to an event loop"
@@ -273,14 +305,25 @@ class Stream:
             self._waker.wait()
             yield from self._take()
 
-    async def batches(self) -> AsyncIterator[list[Delta]]:
-        """Deltas in arrival order, all that are there at a time."""
+    async def next(self) -> list[Delta]:
+        """One delta for each choice that something came for since the last call; [] at the end."""
         while not self.finished:
-            await self.ready.wait()
-            self.ready.clear()
-            deltas = self._take()
-            if deltas:
-                yield deltas
+            if not self._events:
+                self._waiter = asyncio.get_running_loop().create_future()
+                await self._waiter
+            if deltas := self._take():
+                return deltas
+        return []
+
+    def wake(self) -> None:
+        """Lets `next` go on; on its loop."""
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def read_at_the_end(self) -> None:
+        """Nobody wants to see it grow: the reader is woken once, if no text has to be looked through
+        for stop strings."""
+        self._eager = any(choice.params.stop for choice in self.choices)
 
     def cut(self) -> None:
         """End it now; the reader gets a last delta with reason "abort" for every choice."""
@@ -288,6 +331,7 @@ class Stream:
             if choice.finish_reason is None:
                 self._abort(choice.request_id)
                 self._receiver(choice)(Event(request_id=choice.request_id, finish_reason="abort"))
+        self._waker.ring()
 
     def close(self) -> None:
         """Abort every choice that still runs. May be called from any thread, more than once."""

@@ -87,6 +87,7 @@ class Tokenizer:
         self._added = backend.get_added_tokens_decoder()
         self.special_ids = frozenset(i for i, token in self._added.items() if token.special)
         self._bytes: dict[int, bytes] = {}
+        self._texts: dict[int, str | None] = {}
         self._apart = TemplateProcess()
 
     @classmethod
@@ -153,6 +154,15 @@ class Tokenizer:
                 pass
         return piece.replace(SPACE, " ").encode()
 
+    def whole_text(self, token: int) -> str | None:
+        """Its text wherever it stands; None where its bytes are no whole characters."""
+        if token not in self._texts:
+            try:
+                self._texts[token] = self.token_bytes(token).decode()
+            except UnicodeDecodeError:
+                self._texts[token] = None
+        return self._texts[token]
+
     def token_text(self, token: int) -> str:
         """One token as text; bytes that are no whole character show as U+FFFD."""
         return self.token_bytes(token).decode("utf-8", "replace")
@@ -212,8 +222,18 @@ class Detokenizer:
         self._tokenizer = tokenizer
         self._skip = tokenizer.special_ids if skip_special_tokens else frozenset()
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._inside = False
+        """Whether the last character is unfinished."""
 
     def push(self, ids: Iterable[int], *, final: bool = False) -> str:
         """Text that is certain after `ids`; `final` lets go of a broken tail as U+FFFD."""
-        data = b"".join(self._tokenizer.token_bytes(i) for i in ids if i not in self._skip)
-        return self._decoder.decode(data, final)
+        text = ""
+        for token in ids:
+            if token in self._skip:
+                continue
+            piece = None if self._inside else self._tokenizer.whole_text(token)
+            if piece is None:
+                piece = self._decoder.decode(self._tokenizer.token_bytes(token))
+                self._inside = bool(self._decoder.getstate()[0])
+            text += piece
+        return text + self._decoder.decode(b"", True) if final else text

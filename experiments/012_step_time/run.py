@@ -23,7 +23,7 @@ import numpy as np
 
 from experiments.profiled import launches
 from jlora.adapters.pool import RankPages
-from jlora.batch import empty, pack
+from jlora.batch import empty
 from jlora.benchmark.report import commit
 from jlora.benchmark.shapes import shape_config
 from jlora.device_memory import small_blocks
@@ -186,7 +186,7 @@ class Machine:
 
     def batch(self, shape: Shape, context: int, adapters: int) -> np.ndarray:
         """Decode rows, all at position `context`, or prompts of equal length; adapters one after another."""
-        arrays = empty(shape, self.slots - 1)
+        packed, arrays = empty(shape, self.slots - 1)
         rows, length = shape.tokens, 1
         arrays["tokens"][:] = np.random.default_rng(0).integers(1, 1000, rows)
         arrays["positions"][:] = context
@@ -207,7 +207,7 @@ class Machine:
             owner = np.repeat(np.arange(adapters), self.work.pages_of(adapters))
             arrays["pages"][: len(owner)] = 1 + np.arange(len(owner))
             arrays["owner"][: len(owner)] = owner
-        return pack(shape, arrays)
+        return packed
 
     def run(
         self, step: Callable[..., Any], lora: bool, batch: np.ndarray, steps: int

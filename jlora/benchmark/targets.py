@@ -28,7 +28,7 @@ class EngineTarget:
         adapter = self._llm.resolve(model)
         stream = self._llm.stream([prompt], params, adapter=adapter, waker=self._waker)
         try:
-            async for deltas in stream.batches():
+            while deltas := await stream.next():
                 for delta in deltas:
                     if delta.error is not None:
                         raise JloraError(f"{model}: the request failed: {delta.error}")

@@ -13,6 +13,7 @@ from jlora.engine.sequence import Event, Sequence, TokenLogprobs
 log = logging.getLogger(__name__)
 
 OnEvent = Callable[[Event], None]
+Bell = Callable[[], None]
 
 
 @dataclass
@@ -21,6 +22,8 @@ class Client:
 
     seq: Sequence
     on_event: OnEvent
+    bell: Bell | None = None
+    """Rung when there were events, once for all clients that share it."""
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=lambda: [None])
     scored: bool = False
     """The prompt's log-probabilities were sent."""
@@ -37,6 +40,10 @@ class Client:
 
 class Clients(dict[str, Client]):
     """Clients by request id, from the start of a request to its last event."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._bells: set[Bell] = set()
 
     def send_token(self, seq: Sequence, result: Result, *, last: bool) -> None:
         client = self.get(seq.request_id)
@@ -80,3 +87,11 @@ class Clients(dict[str, Client]):
             client.on_event(event)
         except Exception:  # a client's fault must not touch the others
             log.exception("request %s: its on_event failed", event.request_id)
+        if client.bell is not None:
+            self._bells.add(client.bell)
+
+    def ring(self) -> None:
+        """Tells whoever reads that there are events."""
+        for bell in self._bells:
+            bell()
+        self._bells.clear()

@@ -17,7 +17,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
-from jlora.engine.clients import Client, Clients, OnEvent
+from jlora.engine.clients import Bell, Client, Clients, OnEvent
 from jlora.engine.config import EngineConfig, check_tokens, pick
 from jlora.engine.pages import KVPages
 from jlora.engine.params import SamplingParams
@@ -130,10 +130,14 @@ class Engine:
         params: SamplingParams,
         adapter: Any | None,
         on_event: OnEvent,
+        bell: Bell | None = None,
     ) -> None:
         """Queues a request; its adapter is held from now until its last event.
 
-        `on_event` is called on the engine's thread and must not block. Raises ParameterError for
+        `on_event` is called on the engine's thread and must not block; neither must `bell`, which
+        is called after the events of a step, once for all requests that share it (it is told apart
+        by equality): waking a reader for each event costs the engine more than a step's work on
+        them. Raises ParameterError for
         a request that can never run, UnknownModelError if the adapter was unloaded meanwhile,
         ConflictError if another one is merged into the weights.
         """
@@ -157,7 +161,7 @@ class Engine:
             self._store.acquire(adapter)
         with self._gate:
             if not self._ended:
-                self._inbox.put(lambda: self._add(Client(seq, on_event)))
+                self._inbox.put(lambda: self._add(Client(seq, on_event, bell)))
                 return
         if adapter is not None:
             self._store.release(adapter)
@@ -244,6 +248,7 @@ class Engine:
                 client.seq.error = self._failed
             self._clients.close(client.seq)
         self._release_held()
+        self._clients.ring()
         for _, done in self._exclusive:
             done.set_exception(RuntimeError(self._failed or "the engine has stopped"))
         self._scheduler.abandon()
@@ -274,6 +279,7 @@ class Engine:
                 self._run_exclusive()
                 idle = not self._scheduler.unfinished
             while idle and self._inbox.empty() and not self._stop.is_set():
+                self._clients.ring()
                 if not self.runner.first_run():
                     break
             self._read_inbox(wait=idle)
@@ -287,8 +293,12 @@ class Engine:
             if plan is not None:
                 pending.append((plan, self._dispatch(plan)))
                 self._end_changed(plan)
+            # Not before the device has its next step: readers take the interpreter's lock.
+            self._clients.ring()
             if pending and (plan is None or len(pending) > depth):
                 self._commit(*pending.popleft())
+                if not depth:  # the next dispatch waits for its step
+                    self._clients.ring()
             elif plan is None and self._scheduler.unfinished:
                 self._read_inbox(wait=True, timeout=0.01)  # an adapter is being read
             self._stats = self._snapshot()

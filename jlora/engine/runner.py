@@ -21,10 +21,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jlora.adapters.pool import RankPages
-from jlora.batch import empty, pack
+from jlora.batch import empty
 from jlora.device_memory import small_blocks
 from jlora.engine import sampler
 from jlora.engine.config import EngineConfig
+from jlora.engine.fill import Row, Tables, fill, numbers, prefill_rows
 from jlora.engine.params import SamplingParams
 from jlora.engine.programs import SCORE_ROWS, Programs
 from jlora.engine.sampler import Kind
@@ -50,8 +51,8 @@ class Pending:
     """A step that is queued on the device."""
 
     plan: Plan
-    rows: list[tuple[int, Chunk]]
-    """(row, chunk) of every chunk that samples."""
+    rows: list[Row]
+    """Of every chunk that samples."""
     sampled: sampler.Sampled
     scored: list[Scored]
     """Prompt chunks whose log-probabilities were asked for."""
@@ -111,7 +112,10 @@ class Runner:
             out_shardings=sharding(mesh),
         )
         self.slots: sampler.Slots = slots()
-        self._slot_owner: dict[int, tuple[int, int]] = {}
+        # Of the sequences by slot: which stay there it is, and what they ask of the sampler.
+        self._stays: dict[int, tuple[int, int]] = {}
+        self._kinds = [Kind.GREEDY] * config.max_num_seqs
+        self._tables = Tables(config.max_num_seqs, -(-config.max_model_len // config.page_size))
         replicated = {"out_shardings": sharding(mesh), "donate_argnums": 0}
         self._write_slot = jax.jit(sampler.write_slot, **replicated)
         self._count = jax.jit(sampler.count_tokens, **replicated)
@@ -196,24 +200,24 @@ class Runner:
             return False
         shape = self._first_runs[0]
         for kind in self.programs.kinds:
-            arrays = empty(shape, self.config.max_num_seqs)
+            packed, arrays = empty(shape, self.config.max_num_seqs)
             if held := self._copied.get(shape.rank_pages):  # keep the copies that requests use
                 arrays["pages"][:] = held[0]
-            jax.block_until_ready(self._run(shape, arrays, kind))
+            jax.block_until_ready(self._run(shape, packed, arrays["pages"], kind))
         del self._first_runs[0]
         return True
 
     # ---- running --------------------------------------------------------------------------
 
     def _run(
-        self, shape: Shape, arrays: dict[str, np.ndarray], kind: Kind
+        self, shape: Shape, packed: np.ndarray, pages: np.ndarray, kind: Kind
     ) -> tuple[sampler.Sampled, jax.Array | None]:
         self.kv, scores, rows, hidden = self.programs.step(shape)(
             self.programs.weights,
-            self._adapters(shape, arrays["pages"]),
+            self._adapters(shape, pages),
             self.kv,
             self.slots.last,
-            pack(shape, arrays),
+            packed,
         )
         sampled, self.slots = self.programs.sample(shape.rows, kind)(scores, self.slots, rows)
         return sampled, hidden
@@ -251,12 +255,14 @@ class Runner:
         for placement in plan.placements:
             self.rank_pages.write(placement.staged, placement.pages)
             self._copied.clear()
-        for chunk in (*plan.decodes, *plan.prefills):
+        for chunk in plan.prefills:  # a sequence that has a slot begins with one
             self._admit(chunk.seq)
-        arrays = empty(shape, self.config.max_num_seqs)
-        rows = self._fill(plan, shape, arrays, rank_pages)
-        asked = [sampler.kind(chunk.seq.params) for _, chunk in rows]
-        sampled, hidden = self._run(shape, arrays, max(asked, default=Kind.GREEDY))
+        packed, arrays = empty(shape, self.config.max_num_seqs)
+        pages, owners = self._active(shape, rank_pages)
+        arrays["pages"][: len(pages)], arrays["owner"][: len(pages)] = pages, owners
+        rows = fill(plan, shape, arrays, self._tables)
+        kind = max((self._kinds[chunk.seq.slot] for _, chunk in rows), default=Kind.GREEDY)  # type: ignore[index]
+        sampled, hidden = self._run(shape, packed, arrays["pages"], kind)
         if self.in_order:
             jax.block_until_ready(sampled)
         return Pending(plan, rows, sampled, self._scores(plan, shape, hidden, rank_pages))
@@ -264,16 +270,13 @@ class Runner:
     def collect(self, pending: Pending) -> Result:
         """Waits for a step and gives its tokens and the log-probabilities that were asked for."""
         result = Result()
-        tokens = np.asarray(pending.sampled.tokens)
-        if any(chunk.seq.params.logprobs is not None for _, chunk in pending.rows):
-            described = _on_host(pending.sampled)
-        else:
-            described = None
-        for row, chunk in pending.rows:
+        tokens = np.asarray(pending.sampled.tokens).tolist()
+        result.tokens = {chunk.seq.request_id: tokens[row] for row, chunk in pending.rows}
+        described = [one for one in pending.rows if one[1].seq.params.logprobs is not None]
+        host = _on_host(pending.sampled) if described else pending.sampled
+        for row, chunk in described:
             seq = chunk.seq
-            result.tokens[seq.request_id] = int(tokens[row])
-            if described is not None and seq.params.logprobs is not None:
-                result.logprobs[seq.request_id] = _logprobs(described, row, seq.params.logprobs)
+            result.logprobs[seq.request_id] = _logprobs(host, row, seq.params.logprobs or 0)
         for chunk, calls in pending.scored:
             seq = chunk.seq
             wanted = seq.params.prompt_logprobs or 0
@@ -284,54 +287,15 @@ class Runner:
                 entries += [_logprobs(host, row, wanted) for row in range(count)]
         return result
 
-    def _fill(
-        self, plan: Plan, shape: Shape, arrays: dict[str, np.ndarray], rank_pages: Seq[Seq[int]]
-    ) -> list[tuple[int, Chunk]]:
-        """Writes a plan's chunks into a batch of padding; gives the rows that sample."""
-        number = _number(plan)
-        pages, owners = self._active(shape, rank_pages)
-        arrays["pages"][: len(pages)], arrays["owner"][: len(pages)] = pages, owners
-        rows: list[tuple[int, Chunk]] = []
-        for row, chunk in enumerate(sorted(plan.decodes, key=number)):
-            self._put(arrays, chunk, row, row, 1, number(chunk))
-            if chunk.samples:
-                rows.append((row, chunk))
-        for chunk, token, row, blocks in _prefill_rows(plan, shape, number):
-            self._put(arrays, chunk, token, row, blocks, number(chunk))
-            if chunk.samples:
-                rows.append((row + blocks - 1, chunk))
-        return rows
-
-    def _put(
-        self,
-        arrays: dict[str, np.ndarray],
-        chunk: Chunk,
-        token: int,
-        row: int,
-        blocks: int,
-        number: int,
-    ) -> None:
-        """One chunk: its tokens from `token` on, its rows from `row` on."""
-        seq, length = chunk.seq, chunk.length
-        known = seq.tokens[chunk.start : chunk.start + length]
-        arrays["tokens"][token : token + length] = known or -1  # -1: sampled, not read yet
-        arrays["positions"][token : token + length] = np.arange(chunk.start, chunk.start + length)
-        arrays["tables"][row : row + blocks, : len(seq.pages)] = seq.pages
-        final = row + blocks - 1
-        arrays["slots"][final] = seq.slot
-        arrays["last"][final] = token + length - 1
-        arrays["samples"][final] = chunk.samples
-        if seq.adapter is not None:
-            arrays["adapter"][token : token + length] = number
-
     def _admit(self, seq: Sequence) -> None:
         """Writes what a sequence asks of the sampler when it gets its slot (again)."""
         assert seq.slot is not None
         stay = (seq.order, seq.preemptions)
-        if self._slot_owner.get(seq.slot) == stay:
+        if self._stays.get(seq.slot) == stay:
             return
-        self._slot_owner[seq.slot] = stay
+        self._stays[seq.slot] = stay
         params = seq.params
+        self._kinds[seq.slot] = sampler.kind(params)
         row = sampler.slot_row(
             params,
             prompt_length=len(seq.prompt),
@@ -357,8 +321,8 @@ class Runner:
     ) -> list[Scored]:
         """Queues the scoring of prompt chunks whose log-probabilities were asked for."""
         scored: list[Scored] = []
-        number = _number(plan)
-        for chunk, token, _, _ in _prefill_rows(plan, shape, number):
+        number = numbers(plan)
+        for chunk, token, _, _ in prefill_rows(plan, shape, number):
             if chunk.seq.params.prompt_logprobs is None:
                 continue
             # position p predicts token p + 1; the last prompt position predicts the output
@@ -384,24 +348,6 @@ class Runner:
         if self.in_order:
             jax.block_until_ready([sampled for _, calls in scored for _, sampled in calls])
         return scored
-
-
-def _prefill_rows(
-    plan: Plan, shape: Shape, number: Callable[[Chunk], int]
-) -> Iterator[tuple[Chunk, int, int, int]]:
-    """(chunk, first token, first row, blocks) of each prefill chunk, sorted by adapter."""
-    token = row = shape.decode
-    for chunk in sorted(plan.prefills, key=number):
-        blocks = -(-chunk.length // shape.block)
-        yield chunk, token, row, blocks
-        token += blocks * shape.block
-        row += blocks
-
-
-def _number(plan: Plan) -> Callable[[Chunk], int]:
-    """Batch-local adapter number of a chunk; base rows come last."""
-    numbers = {id(adapter): number for number, adapter in enumerate(plan.adapters)}
-    return lambda chunk: numbers.get(id(chunk.seq.adapter), len(numbers))
 
 
 def _on_host(sampled: sampler.Sampled) -> sampler.Sampled:

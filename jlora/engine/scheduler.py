@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 from jlora.engine.config import EngineConfig
 from jlora.engine.pages import KVPages
@@ -20,8 +20,7 @@ from jlora.engine.sequence import FinishReason, Sequence, Status
 from jlora.errors import ParameterError
 
 
-@dataclass(frozen=True, kw_only=True)
-class Chunk:
+class Chunk(NamedTuple):
     """Positions start to start + length of one sequence, computed by one step."""
 
     seq: Sequence

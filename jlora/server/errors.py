@@ -1,8 +1,8 @@
 """Errors as HTTP answers in OpenAI's shape: {"error": {message, type, param, code}}."""
 
-import json
 from typing import Any
 
+import pydantic_core
 from starlette.responses import Response
 
 from jlora.errors import (
@@ -37,7 +37,7 @@ class HttpError(JloraError):
 
 
 def to_json(value: Any) -> bytes:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+    return pydantic_core.to_json(value)
 
 
 class Json(Response):

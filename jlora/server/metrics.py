@@ -5,12 +5,20 @@ No jax. Counters of the engine and the store are read when somebody scrapes.
 """
 
 import time
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator
+from itertools import accumulate
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
 from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
 from jlora.parts import EngineLike
 from jlora.stream import Delta, Stream
@@ -42,7 +50,8 @@ class Metrics:
 
         self._model = model_name
         self._ttft = histogram("vllm:time_to_first_token_seconds", "Time to first token", SECONDS)
-        self._itl = histogram("vllm:inter_token_latency_seconds", "Time between tokens", GAPS)
+        self._itl = Gaps("vllm:inter_token_latency_seconds", "Time between tokens", model_name)
+        self.registry.register(self._itl)
         self._tpot = histogram(
             "vllm:request_time_per_output_token_seconds", "Mean time per output token", GAPS
         )
@@ -60,8 +69,10 @@ class Metrics:
         self._outputs = histogram("vllm:request_generation_tokens", "Generated tokens", TOKENS)
         self._n = histogram("vllm:request_params_n", "Parameter n", (1, 2, 5, 10, 20))
         self._max = histogram("vllm:request_params_max_tokens", "Parameter max_tokens", TOKENS)
-        self._prompt_tokens = counter("vllm:prompt_tokens", "Prompt tokens")
-        self._generation_tokens = counter("vllm:generation_tokens", "Generated tokens")
+        self._prompt_tokens = counter("vllm:prompt_tokens", "Prompt tokens").labels(model_name)
+        self._generation_tokens = counter("vllm:generation_tokens", "Generated tokens").labels(
+            model_name
+        )
         self._success = counter("vllm:request_success", "Ended requests", ("finished_reason",))
         self._requests = counter(
             "jlora:adapter_requests", "Ended requests by adapter", ("adapter", "finished_reason")
@@ -75,8 +86,6 @@ class Metrics:
         self._loads = histogram(
             "jlora:adapter_load_seconds", "Time to read, check and stage an adapter", SECONDS
         )
-        for family in (self._prompt_tokens, self._generation_tokens):
-            family.labels(model_name)  # shown as 0 before the first request
         for reason in ("stop", "length", "abort", "error"):
             self._success.labels(model_name, reason)
         self.registry.register(Live(engine=engine, store=store, model_name=model_name))
@@ -89,11 +98,11 @@ class Metrics:
         for delta in deltas:
             if not delta.token_ids:
                 continue
-            if delta.gap is None:
-                self._ttft.observe(delta.at - stream.created)
-            else:
-                self._itl.observe(delta.gap)
-            self._generation_tokens.labels(self._model).inc(len(delta.token_ids))
+            if delta.first_at is not None:
+                self._ttft.observe(delta.first_at - stream.created)
+            for gap in delta.gaps:
+                self._itl.observe(gap)
+            self._generation_tokens.inc(len(delta.token_ids))
 
     def ended(self, stream: Stream) -> None:
         """Count a request; a second call for the same stream counts nothing."""
@@ -105,7 +114,7 @@ class Metrics:
         self._prompts.observe(stream.prompt_tokens)
         self._outputs.observe(stream.completion_tokens)
         self._n.observe(len(stream.choices) // stream.prompt_count)
-        self._prompt_tokens.labels(self._model).inc(stream.prompt_tokens)
+        self._prompt_tokens.inc(stream.prompt_tokens)
         self._adapter_prompt.labels(self._model, name).inc(stream.prompt_tokens)
         self._adapter_generation.labels(self._model, name).inc(stream.completion_tokens)
         for choice in stream.choices:
@@ -142,6 +151,27 @@ class Metrics:
         for seconds in self._store.take_load_seconds():
             self._loads.observe(seconds)
         return generate_latest(self.registry)
+
+
+class Gaps(Collector):
+    """A histogram that every token is observed in: what prometheus_client's own takes for that is
+    taken from the engine's thread, through the interpreter's lock. One thread observes."""
+
+    def __init__(self, name: str, text: str, model_name: str):
+        self._name, self._text, self._model = name, text, model_name
+        self._counts = [0] * (len(GAPS) + 1)
+        self._sum = 0.0
+
+    def observe(self, seconds: float) -> None:
+        self._counts[bisect_left(GAPS, seconds)] += 1
+        self._sum += seconds
+
+    def collect(self) -> Iterator[Metric]:
+        family = HistogramMetricFamily(self._name, self._text, labels=MODEL)
+        bounds = [*map(floatToGoString, GAPS), "+Inf"]
+        buckets = list(zip(bounds, accumulate(self._counts), strict=True))
+        family.add_metric([self._model], buckets, self._sum)
+        yield family
 
 
 class Live(Collector):

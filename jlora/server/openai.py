@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
 from typing import Any
 
 from starlette.requests import Request
@@ -24,7 +23,7 @@ from jlora.server.protocol import (
     render_options,
 )
 from jlora.server.replies import ChatReply, CompletionReply, usage_of
-from jlora.server.service import DONE, EventStream, Service, attend, event, read, read_body
+from jlora.server.service import EventStream, Service, attend, event, read, read_body
 from jlora.stream import Delta, Stream
 from jlora.tokenizer import Tokenizer
 
@@ -109,9 +108,8 @@ async def answer(request: Request, stream: Stream, reply: Reply) -> Response:
             await attend(request.receive, service.finish(stream))
             return Json(reply.whole(stream))
         # Nothing is sent before the first token: what fails until then still gets its own status.
-        batches = service.deltas(stream)
-        first = await attend(request.receive, _next(batches))
-        response = EventStream(service, stream, _chunks(reply, stream, first, batches))
+        first = await attend(request.receive, service.next(stream))
+        response = event_stream(service, stream, reply, first)
         handed_on = True
         return response
     finally:
@@ -119,14 +117,8 @@ async def answer(request: Request, stream: Stream, reply: Reply) -> Response:
             service.close(stream)
 
 
-async def _next(batches: AsyncIterator[list[Delta]]) -> list[Delta]:
-    return await anext(batches, [])
-
-
-async def _chunks(
-    reply: Reply, stream: Stream, first: list[Delta], batches: AsyncIterator[list[Delta]]
-) -> AsyncIterator[bytes]:
-    """The stream as server-sent events; what came together is sent together."""
+def event_stream(service: Service, stream: Stream, reply: Reply, first: list[Delta]) -> EventStream:
+    """The stream as server-sent events."""
     options = reply.body.stream_options or StreamOptions()
 
     def chunk(value: dict[str, Any]) -> bytes:
@@ -134,13 +126,16 @@ async def _chunks(
             value["usage"] = usage_of(stream) if options.continuous_usage_stats else None
         return event(value)
 
-    lines = [chunk(value) for value in reply.first_chunks(stream)]
-    lines += [chunk(reply.chunk(delta, stream)) for delta in first]
-    yield b"".join(lines)
-    async for deltas in batches:
-        yield b"".join(chunk(reply.chunk(delta, stream)) for delta in deltas)
-    end = event(reply.usage_chunk(stream)) if options.include_usage else b""
-    yield end + DONE
+    def events(deltas: list[Delta]) -> bytes:
+        return b"".join([chunk(reply.chunk(delta, stream)) for delta in deltas])
+
+    def head() -> bytes:
+        return b"".join([chunk(value) for value in reply.first_chunks(stream)])
+
+    def tail() -> bytes:
+        return event(reply.usage_chunk(stream)) if options.include_usage else b""
+
+    return EventStream(service, stream, first, events, head=head, tail=tail)
 
 
 def model_cards(service: Service) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ import logging
 import math
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Callable
 from types import FrameType
@@ -24,6 +25,10 @@ log = logging.getLogger(__name__)
 
 CUT_SECONDS = 3
 """How long requests that were cut may take to tell their clients."""
+
+SWITCH_SECONDS = 3e-4
+"""Python's threads ask for the interpreter's lock after so long, by default after 5 ms. The engine's
+thread, back from the device, would wait so long for the loop that writes to clients: a step's time."""
 
 
 class Server(uvicorn.Server):
@@ -107,6 +112,7 @@ def make_server(
 
 def run(server: Server, sock: socket.socket) -> None:
     """Serve until SIGTERM or Ctrl-C; returns when running requests have ended or were cut."""
+    sys.setswitchinterval(SWITCH_SECONDS)
     if threading.current_thread() is threading.main_thread():
         # uvicorn raises the signal again when it is done; an orderly end is not a crash.
         for number in (signal.SIGTERM, signal.SIGINT):

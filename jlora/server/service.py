@@ -6,7 +6,7 @@ import asyncio
 import hmac
 import logging
 import time
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -97,14 +97,15 @@ class Service:
         self.streams.add(stream)
         return stream
 
-    async def deltas(self, stream: Stream) -> AsyncIterator[list[Delta]]:
-        """A stream's deltas, counted; the engine's failure of one choice ends the request."""
-        async for deltas in stream.batches():
-            self.metrics.observed(stream, deltas)
-            for delta in deltas:
-                if delta.finish_reason == "error":
-                    raise self.failure(stream, delta.error or "the engine failed")
-            yield deltas
+    async def next(self, stream: Stream) -> list[Delta]:
+        """A stream's next deltas, counted; [] at the end. The engine's failure of one choice ends the
+        request."""
+        deltas = await stream.next()
+        self.metrics.observed(stream, deltas)
+        for delta in deltas:
+            if delta.finish_reason == "error":
+                raise self.failure(stream, delta.error or "the engine failed")
+        return deltas
 
     def failure(self, stream: Stream, message: str) -> HttpError:
         """An adapter that could not be read is its owner's error; anything else is ours."""
@@ -113,7 +114,8 @@ class Service:
 
     async def finish(self, stream: Stream) -> None:
         """Read a stream to its end."""
-        async for _ in self.deltas(stream):
+        stream.read_at_the_end()
+        while await self.next(stream):
             pass
 
     def close(self, stream: Stream) -> None:
@@ -179,14 +181,24 @@ async def _gone(receive: Receive) -> None:
 
 
 class EventStream(Response):
-    """Server-sent events. `chunks` runs until it ends or the client leaves; then `stream` is closed."""
+    """Server-sent events of a stream, whose first deltas are there already. What comes together is
+    sent together. The stream is closed when it has ended or the client leaves."""
 
-    def __init__(self, service: Service, stream: Stream, chunks: AsyncIterator[bytes]):
+    def __init__(
+        self,
+        service: Service,
+        stream: Stream,
+        first: list[Delta],
+        events: Callable[[list[Delta]], bytes],
+        *,
+        head: Callable[[], bytes] = bytes,
+        tail: Callable[[], bytes] = bytes,
+    ):
+        """`events` writes deltas; `head` and `tail` what comes before and after all of them."""
         super().__init__(media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
         del self.headers["content-length"]
-        self._service = service
-        self._stream = stream
-        self._chunks = chunks
+        self._service, self._stream, self._first = service, stream, first
+        self._events, self._head, self._tail = events, head, tail
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -200,15 +212,16 @@ class EventStream(Response):
         await send(
             {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
         )
+        deltas, body = self._first, self._head()
         try:
-            async for chunk in self._chunks:
-                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+            while deltas:
+                body += self._events(deltas)
+                await send({"type": "http.response.body", "body": body, "more_body": True})
+                body, deltas = b"", await self._service.next(self._stream)
+            body += self._tail()
         except HttpError as error:  # too late for a status: the stream says it itself
-            body = error_body(error.status, str(error), error.param)
-            await send(
-                {"type": "http.response.body", "body": event(body) + DONE, "more_body": True}
-            )
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+            body = event(error_body(error.status, str(error), error.param))
+        await send({"type": "http.response.body", "body": body + DONE, "more_body": False})
 
 
 def event(value: Any) -> bytes:

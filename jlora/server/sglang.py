@@ -2,7 +2,6 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +13,7 @@ from jlora.engine.sequence import TokenLogprobs
 from jlora.errors import ParameterError
 from jlora.server.errors import Json
 from jlora.server.replies import shown
-from jlora.server.service import DONE, EventStream, Service, attend, event, read
+from jlora.server.service import EventStream, Service, attend, event, read
 from jlora.server.sglang_protocol import SGLangBody, SGLangSampling
 from jlora.stream import Choice, Delta, Stream
 
@@ -50,18 +49,19 @@ async def generate(request: Request) -> Response:
         if len(streams) > 1:
             raise ParameterError("a batch of prompts cannot be streamed; send one each", "stream")
         (stream,) = streams
-        batches = service.deltas(stream)
-        first = await attend(request.receive, _next(batches))
+        first = await attend(request.receive, service.next(stream))
+
+        def events(deltas: list[Delta]) -> bytes:
+            """Each holds the whole text so far, as SGLang's do."""
+            values = [(reply(body, stream.choices[d.index], stream), d.index) for d in deltas]
+            return b"".join([event(value | {"index": index}) for value, index in values])
+
         handed_on = True
-        return EventStream(service, stream, _chunks(service, body, stream, first, batches))
+        return EventStream(service, stream, first, events)
     finally:
         if not handed_on:
             for stream in streams:
                 service.close(stream)
-
-
-async def _next(batches: AsyncIterator[list[Delta]]) -> list[Delta]:
-    return await anext(batches, [])
 
 
 def parts_of(service: Service, body: SGLangBody) -> tuple[list[Part], bool]:
@@ -151,25 +151,3 @@ def _logprobs(body: SGLangBody, choice: Choice) -> dict[str, Any]:
         result["input_top_logprobs"] = [top(score) for score in prompt][start:]
         result["output_top_logprobs"] = [top(score) for score in choice.logprobs]
     return result
-
-
-async def _chunks(
-    service: Service,
-    body: SGLangBody,
-    stream: Stream,
-    first: list[Delta],
-    batches: AsyncIterator[list[Delta]],
-) -> AsyncIterator[bytes]:
-    """Each event holds the whole text so far, as SGLang's do."""
-
-    def events(deltas: list[Delta]) -> bytes:
-        lines = []
-        for index in dict.fromkeys(delta.index for delta in deltas):
-            value = reply(body, stream.choices[index], stream)
-            lines.append(event(value | {"index": index}))
-        return b"".join(lines)
-
-    yield events(first)
-    async for deltas in batches:
-        yield events(deltas)
-    yield DONE

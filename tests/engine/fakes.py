@@ -12,11 +12,15 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
+
 from jlora.engine.config import EngineConfig, buckets, pick
+from jlora.engine.fill import Tables, fill
 from jlora.engine.pages import KVPages
 from jlora.engine.params import SamplingParams
 from jlora.engine.scheduler import Plan, Scheduler
 from jlora.engine.sequence import Sequence, Status
+from jlora.shape import Shape
 
 EOS = 0
 STEP_SECONDS = 0.1
@@ -183,6 +187,7 @@ class Loop:
             config, self.pages, self.store, clock=lambda: self.tick * STEP_SECONDS
         )
         self.device = Device(config.page_size)
+        self.tables = Tables(config.max_num_seqs, self.shapes[0].table)
         self.sequences: dict[str, Sequence] = {}
         self.finished: list[str] = []
         self.plans: list[Plan | None] = []
@@ -277,7 +282,7 @@ class Loop:
         assert adapters == set(plan.adapters)
         assert len(adapters) == len(plan.adapters) <= config.max_loras
         rank_pages = sum(entry.pages for entry in adapters)
-        pick(self.shapes, len(plan.decodes), padded, rank_pages)
+        self.check_arrays(plan, pick(self.shapes, len(plan.decodes), padded, rank_pages))
         for chunk in chunks:
             seq = chunk.seq
             assert seq.status is Status.RUNNING
@@ -290,6 +295,43 @@ class Loop:
             if seq.params.prompt_logprobs is not None and seq.request_id not in self.started:
                 assert chunk.start == 0, "a prompt token was not computed, so it has no logits"
             assert seq.num_cached < len(seq.prompt)
+
+    def check_arrays(self, plan: Plan, shape: Shape) -> None:
+        """The step's arrays say of each chunk, one position after the other, what it is."""
+        arrays = {name: np.zeros(size, np.int32) for name, size in shape.sizes().items()}
+        for name in ("positions", "adapter", "slots"):
+            arrays[name][:] = -1
+        rows = fill(plan, shape, arrays, self.tables)
+        order = {id(adapter): n for n, adapter in enumerate(plan.adapters)}
+        token = row = 0
+        sampling = {}
+        for chunks, block in ((plan.decodes, 1), (plan.prefills, shape.block)):
+            if chunks is plan.prefills:
+                token = row = shape.decode
+            for chunk in sorted(chunks, key=lambda c: order.get(id(c.seq.adapter), len(order))):
+                seq = chunk.seq
+                for position in range(chunk.start, chunk.stop):
+                    known = position < len(seq.tokens)
+                    assert arrays["tokens"][token] == (seq.tokens[position] if known else -1)
+                    assert arrays["positions"][token] == position
+                    if shape.rank_pages:
+                        assert arrays["adapter"][token] == order.get(id(seq.adapter), -1)
+                    arrays["positions"][token] = -1
+                    token += 1
+                last = token - 1
+                token += -chunk.length % block
+                for _ in range(-(-chunk.length // block)):
+                    table = arrays["tables"][row].tolist()
+                    assert table == seq.pages + [0] * (len(table) - len(seq.pages))
+                    row += 1
+                sampler = {name: arrays[name][row - 1] for name in ("slots", "last", "samples")}
+                assert sampler == {"slots": seq.slot, "last": last, "samples": chunk.samples}
+                arrays["slots"][row - 1] = -1
+                if chunk.samples:
+                    sampling[row - 1] = chunk
+        assert dict(rows) == sampling
+        assert (arrays["positions"] == -1).all(), "a padding token has a position"
+        assert (arrays["slots"] == -1).all(), "a padding row has a slot"
 
     def check_memory(self) -> None:
         self.pages.check()

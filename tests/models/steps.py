@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 from jlora.adapters.adapter import LEVELS
 from jlora.adapters.peft import read_adapter
 from jlora.adapters.pool import RankPages
-from jlora.batch import empty, pack, unpack
+from jlora.batch import empty, unpack
 from jlora.models.base import BaseWeights
 from jlora.models.config import ModelConfig
 from jlora.models.decoder import ends, forward, logits
@@ -123,7 +123,8 @@ class Steps:
         self, decodes: Sequence[Piece] = (), prefills: Sequence[Piece] = ()
     ) -> list[np.ndarray]:
         """One step; the logits [length, vocab] of each piece, decodes first, in the order given."""
-        shape, arrays = self.shape, empty(self.shape, 0)
+        shape = self.shape
+        packed, arrays = empty(shape, 0)
         for at, (number, page) in enumerate(
             (number, page) for number, own in enumerate(self.owned) for page in own
         ):
@@ -146,6 +147,6 @@ class Steps:
                 spans[id(piece)] = (token, token + length)
                 token, row = token + blocks * block, row + blocks
             assert token <= (shape.decode if pieces is decodes else shape.tokens)
-        out, self.kv = self._step(self.leaves, self.pools, self.kv, pack(shape, arrays))
+        out, self.kv = self._step(self.leaves, self.pools, self.kv, packed)
         scores = np.asarray(out)
         return [scores[slice(*spans[id(piece)])] for piece in (*decodes, *prefills)]

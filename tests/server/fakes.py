@@ -121,14 +121,20 @@ class FakeEngine:
         params: SamplingParams,
         adapter: AdapterEntry | None,
         on_event: Callable[[Event], None],
+        bell: Callable[[], None] | None = None,
     ) -> None:
+        def tell(event: Event) -> None:
+            on_event(event)
+            if bell is not None:
+                bell()
+
         if adapter is not None:
             self.store.acquire(adapter)
         text = BASE_TEXT if adapter is None else adapter.uid
         script = [*self.tokenizer.encode(text), EOS]
         if params.ignore_eos:
             script = script[:-1] * 40
-        request = Running(request_id, prompt, params, adapter, on_event, script)
+        request = Running(request_id, prompt, params, adapter, tell, script)
         with self._lock:
             self.requests.append(request)
             self.active[request_id] = request

@@ -34,8 +34,8 @@ def test_a_failed_request_is_one_line_and_status_1(
     engine.hold()
     submit = engine.submit
 
-    def broken(request_id: str, prompt: list[int], params: Any, adapter: Any, receive: Any) -> None:
-        submit(request_id, prompt, params, adapter, receive)
+    def broken(request_id: str, prompt: list[int], params: Any, adapter: Any, *tell: Any) -> None:
+        submit(request_id, prompt, params, adapter, *tell)
         adapter.error = "Loading lora shout failed: the folder is gone"
         engine.go_on()
 
