@@ -40,6 +40,7 @@ NO_JAX = [
     "engine.scheduler",
     "engine.room",
     "engine.config",
+    "engine.fill",
     "server.protocol",
     "server.metrics",
 ]
