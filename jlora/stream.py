@@ -42,7 +42,9 @@ class Delta(NamedTuple):
             index=self.index,
             text=self.text + other.text,
             token_ids=self.token_ids + other.token_ids,
-            logprobs=None if self.logprobs is None else self.logprobs + (other.logprobs or []),
+            logprobs=other.logprobs
+            if self.logprobs is None
+            else self.logprobs + (other.logprobs or []),
             finish_reason=other.finish_reason,
             stop_reason=other.stop_reason,
             error=other.error,

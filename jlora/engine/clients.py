@@ -93,5 +93,8 @@ class Clients(dict[str, Client]):
     def ring(self) -> None:
         """Tells whoever reads that there are events."""
         for bell in self._bells:
-            bell()
+            try:
+                bell()
+            except Exception:
+                log.exception("a bell failed")
         self._bells.clear()

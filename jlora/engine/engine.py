@@ -276,6 +276,7 @@ class Engine:
         while not self._stop.is_set():
             idle = not pending and not self._scheduler.unfinished
             if idle and self._exclusive:
+                self._clients.ring()
                 self._run_exclusive()
                 idle = not self._scheduler.unfinished
             while idle and self._inbox.empty() and not self._stop.is_set():

@@ -11,6 +11,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jlora.engine.engine import Engine
+from jlora.engine.params import SamplingParams
 from jlora.errors import AdapterError, ConflictError
 from tests.engine.test_engine import NEW, PROMPTS, SMALL, Adapters, Job
 from tests.models.test_decoder_kinds import make_adapter
@@ -145,6 +146,34 @@ def test_running_requests_end_before_a_merge_and_waiting_ones_go_on_after_it(par
         assert Job(parts, PROMPTS[0], "r8").tokens == adapters.greedy("r8", PROMPTS[0])
     finally:
         parts.in_place.unmerge(entry(parts, "r8"))
+
+
+def test_who_reads_the_last_request_does_not_wait_for_the_merge_after_it(parts):
+    parts, _ = parts
+    events, read = [], threading.Event()
+
+    def bell() -> None:
+        if events[-1].finish_reason is not None:
+            read.set()
+
+    params = SamplingParams(temperature=0.0, max_tokens=NEW, ignore_eos=True)
+    parts.engine.submit("last", PROMPTS[0], params, None, events.append, bell)
+    told = []
+    parts.engine.exclusive(lambda: told.append(read.wait(10)))
+    assert told == [True]
+    assert sum(len(event.token_ids) for event in events) == NEW
+
+
+def test_a_bell_that_fails_is_logged_and_touches_nobody_else(parts, caplog):
+    parts, adapters = parts
+
+    def bell() -> None:
+        raise ZeroDivisionError("the reader is gone")
+
+    params = SamplingParams(temperature=0.0, max_tokens=NEW, ignore_eos=True)
+    parts.engine.submit("gone", PROMPTS[1], params, None, print, bell)
+    assert Job(parts, PROMPTS[0]).tokens == adapters.greedy(None, PROMPTS[0])
+    assert "the reader is gone" in caplog.text
 
 
 def test_an_engine_can_start_with_an_adapter_merged(tiny_model, tiny_adapter):
