@@ -2,7 +2,7 @@
 with an emulated step in place of the compiled one. Needs no accelerator.
 
 The emulated step returns after --queue ms, for half of which it holds the interpreter's lock (as jax's dispatch
-of a step with some 500 arguments does in part), and its tokens are there --step ms after the step before it.
+of a step with some 500 arguments does in part), and its tokens are there a step's time after those before it.
 """
 
 import argparse
@@ -38,7 +38,7 @@ class Device:
     def __init__(self, step: float, queue: float):
         self.step, self.queue, self.free = step, queue, 0.0
 
-    def run(self, runner: Any, shape: Any, *rest: Any) -> tuple[Any, None]:
+    def run(self, shape: Any) -> tuple[Any, None]:
         """Stands for Runner._run."""
         until = time.perf_counter() + self.queue / 2
         while time.perf_counter() < until:
@@ -68,7 +68,7 @@ def serve(rows: int, device: Device) -> tuple[int, str]:
         max_num_seqs=rows, max_model_len=512, max_num_batched_tokens=2048, kv_cache_memory="2GiB"
     )
     llm = LLM.load(options)
-    Runner._run = lambda self, *step: device.run(self, *step)  # type: ignore[method-assign]
+    Runner._run = lambda runner, shape, *rest: device.run(shape)  # type: ignore[method-assign]
     server, sock = make_server(llm, options), bind("127.0.0.1", 0)
     threading.Thread(target=run, args=(server, sock), daemon=True).start()
     while not server.started:
@@ -121,9 +121,8 @@ def load(port: int, model: str, clients: int, seconds: float) -> dict[str, float
 
 def measure(args: argparse.Namespace, rows: int) -> dict[str, Any]:
     """One process with engine and server, one with the clients."""
-    command = [sys.executable, __file__, "--seconds", str(args.seconds), "--queue", str(args.queue)]
+    inside = [sys.executable, __file__, "--queue", str(args.queue), "--inside", str(rows)]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    inside = [*command, "--inside", str(rows)]
     with subprocess.Popen(inside, env=env, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
         port, model = server.stdout.readline().split()

@@ -135,11 +135,10 @@ class Engine:
         """Queues a request; its adapter is held from now until its last event.
 
         `on_event` is called on the engine's thread and must not block; neither must `bell`, which
-        is called after the events of a step, once for all requests that share it (it is told apart
-        by equality): waking a reader for each event costs the engine more than a step's work on
-        them. Raises ParameterError for
-        a request that can never run, UnknownModelError if the adapter was unloaded meanwhile,
-        ConflictError if another one is merged into the weights.
+        is called after the events of a step, once for all requests whose bells are equal: to wake
+        a reader costs more than to tell it one event. Raises ParameterError for a request that can
+        never run, UnknownModelError if the adapter was unloaded meanwhile, ConflictError if another
+        one is merged into the weights.
         """
         self.check(prompt, params, adapter)
         self._check_merged(adapter)

@@ -18,12 +18,11 @@ from tests.server.conftest import tokenizer_folder as tokenizer_folder
 
 
 class Sender:
-    """An engine that says what the test tells it to; `bells` counts how often it rang."""
+    """An engine that says what the test tells it to, and rings when the test does."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop):
         self.waker = LoopWaker(loop)
         self.receivers: dict[str, Callable[[Event], None]] = {}
-        self.bells = 0
 
     def submit(self, choice: Choice, receive: Callable[[Event], None], bell: Any) -> None:
         self.receivers[choice.request_id] = receive
