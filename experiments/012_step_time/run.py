@@ -82,19 +82,19 @@ def room(pages: int, rows: int, tokens: int) -> int:
 def variant(name: str) -> Iterator[None]:
     """Traces in the body compile steps in this way."""
     before = hopper.BASE_ROWS, gated_mlp.worth_it
-    before_single = hopper.single_page, gated_mlp.single_page
+    before_pages = hopper.for_pages, gated_mlp.for_pages
     if name == "xla":
         hopper.BASE_ROWS = (1, 0)
     if name in ("three", "xla"):
         gated_mlp.worth_it = lambda x, hidden, *, lora: False
     if name == "summed":
-        hopper.single_page = gated_mlp.single_page = lambda t: t
+        hopper.for_pages = gated_mlp.for_pages = lambda t, pages, sms: t
     jax.clear_caches()
     try:
         yield
     finally:
         hopper.BASE_ROWS, gated_mlp.worth_it = before
-        hopper.single_page, gated_mlp.single_page = before_single
+        hopper.for_pages, gated_mlp.for_pages = before_pages
         jax.clear_caches()
 
 

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from kernels_pallas.act_mul.xla import act_mul
 from kernels_pallas.gated_mlp.hopper_kernel import STAGES, GatedMLP
-from kernels_pallas.gated_mlp.hopper_tuning import HALF, WIDE, Tuning, single_page, tuning
+from kernels_pallas.gated_mlp.hopper_tuning import HALF, WIDE, Tuning, for_pages, tuning
 from kernels_pallas.lora_matmul.hopper import (
     BASE_ROWS,
     device_sms,
@@ -63,8 +63,8 @@ def gated_mlp(
     hidden, width = down.shape
     if config is None:
         config = tuning(padded_rows(x.shape[0]), width, hidden, sms, lora=pools is not None)
-        if segments is not None and segments.pages.shape[0] == 1:
-            config = single_page(config)
+        if segments is not None:
+            config = for_pages(config, segments.pages.shape[0], sms)
     refuse_several_pages(config.single, segments)
     static = activation, config, sms, interpret
     return _gated_mlp(static, x, gate_up, down, pools, segments, rows)

@@ -119,7 +119,7 @@ class GatedMLP:
             num_threads=3 if self.pages else 2,
             thread_name="wg",
             scratch_types=list(scratch.values()),
-            compiler_params=plgpu.CompilerParams(approx_math=True),
+            compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
             **extra,
         )
         return dict(zip(out, kernel(*args.values()), strict=True))

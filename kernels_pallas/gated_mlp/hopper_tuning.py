@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from kernels_pallas.lora_matmul.hopper_tuning import SHARED_BYTES
+from kernels_pallas.lora_matmul.hopper_tuning import SHARED_BYTES, slices_for
 from kernels_pallas.lora_matmul.types import PAGE
 
 DEPTH, WIDE = 64, 128
@@ -41,6 +41,17 @@ class Tuning:
     down: ShrinkTuning
     single: bool = False
     """At most one rank page is active: see `single_page`."""
+
+
+def for_pages(t: Tuning, pages: int, sms: int) -> Tuning:
+    """The same for steps with room for so many rank pages (see `lora_matmul.hopper_tuning`)."""
+    if pages == 1:
+        return single_page(t)
+
+    def fewer(s: ShrinkTuning) -> ShrinkTuning:
+        return dataclasses.replace(s, slices=slices_for(s.slices, s.group, pages, sms))
+
+    return dataclasses.replace(t, gate_up=fewer(t.gate_up), down=fewer(t.down))
 
 
 def single_page(t: Tuning) -> Tuning:

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 from kernels_pallas.lora_matmul import hopper_wide, hopper_wide_tuning, xla
 from kernels_pallas.lora_matmul.hopper_kernel import Kernel
 from kernels_pallas.lora_matmul.hopper_sync import counters
-from kernels_pallas.lora_matmul.hopper_tuning import Tuning, base_tuning, single_page, tuning
+from kernels_pallas.lora_matmul.hopper_tuning import Tuning, base_tuning, for_pages, tuning
 from kernels_pallas.lora_matmul.types import RankPool, Segments
 
 NARROW_ROWS = 64
@@ -53,8 +53,8 @@ def matmul(
     tiles = tuning if rows <= NARROW_ROWS else hopper_wide_tuning.tuning
     if config is None:
         config = tiles(rows, x.shape[1], part_sizes, sms)
-        if isinstance(config, Tuning) and segments.pages.shape[0] == 1:
-            config = single_page(config)
+        if isinstance(config, Tuning):
+            config = for_pages(config, segments.pages.shape[0], sms)
     if isinstance(config, Tuning):
         refuse_many_rows(x)
         refuse_several_pages(config.single, segments)

@@ -121,6 +121,7 @@ class Shrink:
                     a_tile = sa.at[slot, pl.ds(0, columns * PAGE)]
                     plgpu.wgmma(acc, x_tile, a_tile.transpose((1, 0)))
                     plgpu.wgmma_wait(0)
+                    plgpu.commit_smem()  # all four warps are through with the slot
                     if steps > self.stages:
                         following = k + self.stages
                         pl.when(following < steps)(partial(issue, following))

@@ -82,7 +82,7 @@ class Wide(Plan):
             num_threads=WGS + len(self.registers) - 1,
             thread_name="wg",
             scratch_types=scratch,
-            compiler_params=plgpu.CompilerParams(),
+            compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
             **extra,
         )
         return kernel(*args)
