@@ -49,14 +49,17 @@ VARIANTS = {
     "": "what serves",
     "three": "the MLP as three launches",
     "xla": "likewise, and base products by XLA; without adapters",
-    "summed": "slices of u are summed in a step of one rank page, too",
+    "summed": "as many slices of u for any number of rank pages, all summed",
 }
 """Ways to compile a step."""
 
 
 def serves(name: str, shape: Shape) -> bool:
     """Whether this variant of a step differs from others."""
-    return {"xla": shape.rank_pages == 0, "summed": shape.rank_pages == 1}.get(name, True)
+    return {
+        "xla": shape.rank_pages == 0,
+        "summed": shape.rank_pages == 1 or shape.rank_pages > 32,
+    }.get(name, True)
 
 
 def room(pages: int, rows: int, tokens: int) -> int:
