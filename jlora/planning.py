@@ -234,7 +234,8 @@ class Measured:
 _CPU_001 = "ITL p50; experiments/001_merged_vs_unmerged"
 _CPU_010 = "ITL p50; experiments/010_vllm_cpu, 1f0e238"
 _H100 = "compiled steps back to back; experiments/LOG.md, 73bb288"
-_H200 = "compiled steps back to back; experiments/012_step_time, c3d3607"
+_H200 = "compiled steps back to back; experiments/012_step_time, 41bf834"
+_H200_OLDER = "compiled steps back to back; experiments/012_step_time, 862af5f"
 MEASURED = (
     Measured(
         device="h100", shape="llama-3.1-8b", rows=32, context=160, active=0, rank=0, step=6.27e-3,
@@ -249,15 +250,35 @@ MEASURED = (
         step=6.27e-3 * 7.723 / 6.394, source="from the ratio to base at c071220; experiments/LOG.md",
     ),
     Measured(
-        device="h200", shape="llama-3.1-8b", rows=32, context=160, active=0, rank=0, step=4.481e-3,
+        device="h200", shape="llama-3.1-8b", rows=8, context=160, active=0, rank=0, step=4.341e-3,
         source=_H200,
     ),
     Measured(
-        device="h200", shape="llama-3.1-8b", rows=32, context=160, active=8, rank=16, step=4.852e-3,
+        device="h200", shape="llama-3.1-8b", rows=32, context=160, active=0, rank=0, step=4.529e-3,
         source=_H200,
     ),
     Measured(
-        device="h200", shape="llama-3.1-8b", rows=32, context=160, active=32, rank=16, step=5.581e-3,
+        device="h200", shape="llama-3.1-8b", rows=32, context=160, active=8, rank=16, step=4.889e-3,
+        source=_H200,
+    ),
+    Measured(
+        device="h200", shape="llama-3.1-8b", rows=32, context=160, active=32, rank=16, step=5.528e-3,
+        source=_H200,
+    ),
+    Measured(
+        device="h200", shape="llama-3.1-8b", rows=128, context=160, active=0, rank=0, step=6.08e-3,
+        source=_H200_OLDER,
+    ),
+    Measured(
+        device="h200", shape="llama-3.1-8b", rows=128, context=160, active=32, rank=16, step=7.33e-3,
+        source=_H200_OLDER,
+    ),
+    Measured(
+        device="h200", shape="llama-3.1-8b", rows=256, context=160, active=0, rank=0, step=9.092e-3,
+        source=_H200,
+    ),
+    Measured(
+        device="h200", shape="llama-3.1-8b", rows=256, context=160, active=32, rank=16, step=9.958e-3,
         source=_H200,
     ),
     Measured(

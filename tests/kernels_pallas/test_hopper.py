@@ -17,6 +17,7 @@ from kernels_pallas.lora_matmul.hopper_tuning import (
     SHARED_BYTES,
     Tuning,
     _shared_bytes,
+    for_pages,
     single_page,
     tuning,
 )
@@ -187,6 +188,19 @@ def test_tiles_fit_shared_memory_and_divide_the_shape(rows: int, group: str) -> 
     assert width % (t.bk * t.split) == 0
     assert width % (64 * t.slices) == 0
     assert 0 < t.tail < width // t.bk // t.split
+
+
+@pytest.mark.parametrize("pages", [8, 32, 64, 128, 1000])
+@pytest.mark.parametrize("group", list(LLAMA_8B))
+def test_a_block_has_one_unit_of_the_shrink_when_half_of_the_room_is_taken(
+    pages: int, group: str
+) -> None:
+    width, parts = LLAMA_8B[group]
+    t = tuning(32, width, parts, 132)
+    own = for_pages(t, pages, 132)
+    assert own.slices == 1 or -(-pages // 2 // own.group) * own.slices <= 132
+    assert t.slices % own.slices == 0
+    assert dataclasses.replace(own, slices=t.slices) == t
 
 
 def test_a_part_that_no_tile_divides_is_refused_with_the_reason() -> None:
