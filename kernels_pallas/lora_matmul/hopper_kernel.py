@@ -177,12 +177,6 @@ class Kernel:
     def _steps(self) -> int:
         return self.width // self.t.bk // self.t.split
 
-    @property
-    def _ahead(self) -> int:
-        """Expand steps whose B is under way while u is waited for: fewer than slots, so that u, if it is
-        there already, need not wait until all of w has been multiplied."""
-        return max(self.t.stages - 2, 1)
-
     def produce(
         self, ring: Any, x: Any, w: Any, b: Any, u: Any, pages: Any, active: Any, ready: Any
     ) -> None:
@@ -211,37 +205,24 @@ class Kernel:
                 plgpu.copy_gmem_to_smem(x.at[:, depth], x_tile, ring.full.at[slot])
                 return n + 1
 
-            def load_b(e: jax.Array | int, carry: Any) -> Any:
+            def load_expand(e: jax.Array, carry: Any) -> Any:
                 n, *ids = carry
-                _, w_tile, slot = ring.acquire(n)
+                x_tile, w_tile, slot = ring.acquire(n)
+                barrier = ring.full_expand.at[slot]
                 for j, page in enumerate(ids):
                     there = b.at[page, :, columns]
-                    here = w_tile.at[pl.ds(PAGE * j, PAGE)]
-                    plgpu.copy_gmem_to_smem(there, here, ring.full_expand.at[slot])
-                return n + 1, *page_ids(s, e + 1)
-
-            def load_u(e: jax.Array, n: jax.Array) -> jax.Array:
-                x_tile, _, slot = ring.at(n)
+                    plgpu.copy_gmem_to_smem(there, w_tile.at[pl.ds(PAGE * j, PAGE)], barrier)
+                if ready is not None:
+                    pl.when((e == 0) & (waited == 0))(lambda: plgpu.barrier_wait(ready))
                 ranks = pl.ds((s + e * t.split) * self.chunk * PAGE, t.bk)
-                plgpu.copy_gmem_to_smem(u.at[part, :, ranks], x_tile, ring.full_expand.at[slot])
-                return n + 1
-
-            def load_both(e: jax.Array, carry: Any) -> Any:
-                after = load_b(e, carry)
-                load_u(e, carry[0])
-                return after
+                plgpu.copy_gmem_to_smem(u.at[part, :, ranks], x_tile, barrier)
+                return n + 1, *page_ids(s, e + 1)
 
             n = lax.fori_loop(0, self._steps - t.tail, load_base, n)
             if self.pages:
                 expands = self._expands(active, s)
-                first = (waited == 0) & (expands > 0)
-                early = jnp.where(first, lax.min(expands, jnp.int32(self._ahead)), 0)
-                after = lax.fori_loop(0, early, load_b, (n, *ids))
-                if ready is not None:
-                    pl.when(first)(lambda: plgpu.barrier_wait(ready))
-                lax.fori_loop(0, early, load_u, n)
-                n, *_ = lax.fori_loop(early, expands, load_both, after)
-                waited = waited | first.astype(jnp.int32)
+                n, *_ = lax.fori_loop(0, expands, load_expand, (n, *ids))
+                waited = waited | (expands > 0).astype(jnp.int32)
             return lax.fori_loop(self._steps - t.tail, self._steps, load_base, n), waited
 
         zero = jnp.int32(0)

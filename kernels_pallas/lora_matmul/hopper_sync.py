@@ -33,10 +33,6 @@ class Ring:
     def acquire(self, n: jax.Array) -> tuple[Any, Any, jax.Array]:
         """Wait until the slot of step n is free; its x tile, its w tile, its number."""
         self._wait_free(n)
-        return self.at(n)
-
-    def at(self, n: jax.Array) -> tuple[Any, Any, jax.Array]:
-        """The same of a slot that is already this step's."""
         slot = self._slot(n)
         x_tile = self.xs.at[pl.ds(slot * self.rows, self.rows)]
         return x_tile, self.ws.at[slot], slot
