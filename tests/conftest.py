@@ -1,7 +1,7 @@
 """Shared fixtures, and the environment that jax must find: four CPU devices, unless `-m gpu`."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,15 @@ def pytest_configure(config: pytest.Config) -> None:
         if flag not in os.environ.get("XLA_FLAGS", ""):
             os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}={value}".strip()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="module")
+def few_shapes() -> Iterator[None]:
+    """Engines have one program with LoRA for each number of rows, with room for all ranks: to compile
+    them is most of what a test of an engine takes. Not for tests of which program a step takes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("jlora.engine.config.RANK_ROWS", (1 << 20,))
+        yield
 
 
 @pytest.fixture(scope="session")

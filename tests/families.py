@@ -117,12 +117,14 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """family -> (transformers' class stem, what it changes in the config)."""
 
-ON_MESHES = sorted(
-    {(family, tp) for i, family in enumerate(FAMILIES) for tp in (1, (2, 4)[i % 2])}
-    | {(family, tp) for family in ("llama_odd", "qwen3_moe", "gemma3") for tp in (2, 4)}
-)
-"""Each family with a mesh of one device and a larger one, the oddest with both: all with all cost a
-minute of CI for nothing that these do not show."""
+_ODDEST = {(family, tp) for family in ("llama_odd", "qwen3_moe", "gemma3") for tp in (2, 4)}
+
+ON_ONE = sorted({(family, 1) for family in FAMILIES} | _ODDEST)
+"""Each family on one device, the oddest on larger meshes, too: the base model's steps."""
+
+ON_SEVERAL = sorted({(family, (2, 4)[i % 2]) for i, family in enumerate(FAMILIES)} | _ODDEST)
+"""Each family on a larger mesh: base rows and adapters in one batch. All families with adapters on one
+device as well, and their base on all meshes, cost a minute of CI for nothing that these do not show."""
 
 MODEL_TYPES = {"Gemma3": "gemma3_text", "Qwen3Moe": "qwen3_moe"}
 """Where it is not the class stem in lower case."""

@@ -34,6 +34,8 @@ from tests import tiny
 from tests.server.conftest import Running, start
 from tests.server.fakes import fake_llm, write_adapter
 
+pytestmark = pytest.mark.usefixtures("few_shapes")
+
 BASE = Case(system="base", models=("b",))
 
 

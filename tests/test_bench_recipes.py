@@ -21,6 +21,8 @@ from jlora.benchmark.results import Results, read_groups
 from jlora.benchmark.rounds import Case, Measurement
 from jlora.llm import LLM
 
+pytestmark = pytest.mark.usefixtures("few_shapes")
+
 ENGINE = """
 max_num_seqs = 2
 max_model_len = 64

@@ -18,6 +18,8 @@ from jlora.engine.params import SamplingParams
 from jlora.llm import LLM
 from jlora.models.config import ModelConfig
 
+pytestmark = pytest.mark.usefixtures("few_shapes")
+
 PROMPT = [5, 9, 77, 41, 230, 8, 8, 150, 3, 12]
 
 

@@ -16,7 +16,8 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from tests.families import FAMILIES as FAMILIES
-from tests.families import ON_MESHES as ON_MESHES
+from tests.families import ON_ONE as ON_ONE
+from tests.families import ON_SEVERAL as ON_SEVERAL
 from tests.families import VOCAB as VOCAB
 from tests.families import model_config as model_config
 

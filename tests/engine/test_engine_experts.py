@@ -14,6 +14,8 @@ torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
+pytestmark = pytest.mark.usefixtures("few_shapes")
+
 from tests import experts  # noqa: E402  (imports torch and peft)
 
 

@@ -12,6 +12,8 @@ torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
+pytestmark = pytest.mark.usefixtures("few_shapes")
+
 KINDS = ("plain", "dora_embedding_head", "lora_bias", "tokens", "norms_and_ends")
 
 

@@ -11,6 +11,8 @@ from jlora.console import memory_plan, size
 from jlora.engine.params import SamplingParams
 from tests.engine.test_engine_end import Job
 
+pytestmark = pytest.mark.usefixtures("few_shapes")
+
 PROMPT = list(range(20, 57))
 
 

@@ -20,6 +20,8 @@ torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
+pytestmark = pytest.mark.usefixtures("few_shapes")
+
 
 @pytest.fixture(scope="module", params=[1, 2])
 def parts(request, tiny_model, tiny_adapter, tmp_path_factory):

@@ -8,6 +8,8 @@ from tests.engine.test_engine import NEW, PROMPTS, SMALL, Adapters, Job
 pytest.importorskip("torch")
 pytest.importorskip("peft")
 
+pytestmark = pytest.mark.usefixtures("few_shapes")
+
 
 @pytest.mark.parametrize("mesh", [1, 2])
 def test_adapters_of_two_projections_give_pefts_tokens_in_an_engine_for_them(

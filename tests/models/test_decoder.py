@@ -9,7 +9,7 @@ from safetensors.numpy import load_file, save_file
 
 from jlora.models.config import ModelConfig
 from tests.models.steps import Piece, Steps
-from tests.tiny import ON_MESHES, model_config
+from tests.tiny import ON_ONE, model_config
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -33,7 +33,7 @@ def assert_equal(ours, theirs):
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize(("family", "tp"), ON_MESHES)
+@pytest.mark.parametrize(("family", "tp"), ON_ONE)
 def test_chunks_and_decode_rows_in_shared_steps_equal_transformers_full_pass(
     tiny_model, family, tp
 ):

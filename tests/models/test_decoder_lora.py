@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from tests.models.steps import Piece, Steps
-from tests.tiny import ON_MESHES
+from tests.tiny import ON_SEVERAL
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -64,7 +64,7 @@ def check_deltas(folder, adapters, tp):
         np.testing.assert_allclose(got - ours[0], delta, rtol=0, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize(("family", "tp"), ON_MESHES)
+@pytest.mark.parametrize(("family", "tp"), ON_SEVERAL)
 def test_two_adapters_beside_base_rows_make_the_deltas_that_peft_makes(
     tiny_model, tiny_adapter, family, tp
 ):

@@ -21,6 +21,8 @@ torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
+pytestmark = pytest.mark.usefixtures("few_shapes")
+
 NEW = 12
 TEXTS = ("<|tool|>", "<|answer|>", "<|done|>")
 CHAT = [{"role": "user", "content": "call <|tool|>"}]
