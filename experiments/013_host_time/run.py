@@ -320,7 +320,7 @@ def show(runs: list[dict[str, Any]]) -> None:
     m = {key: statistics.median(run[key] for run in runs) for key in runs[0] if key != "shape"}
     step = m["step_ms"] if "step_ms" in m else f"{m['queue_ms']:.1f} / {m['lock_ms']:.1f}"
     print(
-        f"| {m['rows']} | {step} | {m['device_tok_s']:.0f} | {m['tok_s']:.0f} | {m['tok_s'] / m['device_tok_s']:.2f} "
+        f"| {runs[0]['rows']} | {step} | {m['device_tok_s']:.0f} | {m['tok_s']:.0f} | {m['tok_s'] / m['device_tok_s']:.2f} "
         f"| {m['gap_p50']:.1f} / {m['gap_p99']:.0f} | {m['first_p50']:.0f} |",
         flush=True,
     )
