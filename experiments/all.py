@@ -119,6 +119,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--plots", action=argparse.BooleanOptionalAction, default=True)
     args = parser.parse_args(argv)
+    if args.jobs < 1:
+        parser.error(f"--jobs: at least 1 is needed, got {args.jobs}")
     started, stop = time.monotonic(), threading.Event()
     names = folders(args.names, args.scale)
     out = None if args.out is None else args.out.resolve()

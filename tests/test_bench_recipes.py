@@ -4,6 +4,7 @@ import json
 import os
 import runpy
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -222,6 +223,24 @@ def test_time_that_is_left_is_what_the_next_process_gets(
     assert [command[-1] for command in commands] == ["100", "40"]
     assert str(tmp_path / "{recipe}.jsonl") in commands[0]
     assert "exit 0, 60 s" in capsys.readouterr().out
+
+
+def test_as_many_processes_run_at_once_as_jobs_says_and_none_after_one_that_ctrl_c_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    both, begun = threading.Barrier(2), []
+
+    def run(command: list[str]) -> int:
+        begun.append(command)
+        both.wait(20)  # BrokenBarrierError if one ran by itself
+        return 130
+
+    monkeypatch.setattr(experiments_all, "run", run)
+    argv = ["002", "003", "008", "--scale", "h100", "--jobs", "2", "--out", str(tmp_path)]
+    assert experiments_all.main([*argv, "--no-plots"]) == 130
+    assert len(begun) == 2
+    with pytest.raises(SystemExit):
+        experiments_all.main(["002", "--jobs", "0"])
 
 
 def test_a_child_that_ctrl_c_ends_says_so_itself(monkeypatch: pytest.MonkeyPatch):
