@@ -190,7 +190,7 @@ def read_ropes(
     theta = get.number("rope_theta", 10000.0)
     by_type = params and all(isinstance(value, dict | None) for value in params.values())
     if by_type and not family.local_rope:
-        get.refuse(f"rope parameters per layer type ({', '.join(params)}) are not supported")
+        get.refuse(f"rope parameters per layer type {list(params)} are not supported")
     if not family.local_rope:
         return _read_rope(get, family, params, theta, head_dim, max_positions), None
     full, local = (params.get(f"{kind}_attention") or {} for kind in ("full", "sliding"))

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from jlora.adapters.mix import parse_mix
@@ -151,6 +151,7 @@ def test_a_garbled_safetensors_file_loads_or_is_refused(
     st.lists(st.tuples(st.integers(0, 40), JSON), min_size=1, max_size=3),
     st.sampled_from([4, 5]),
 )
+@example("llama31", [(13, {"q_proj": None, "\n": None})], 4)
 def test_any_config_json_of_a_base_is_read_or_refused(
     family: str, changes: list[tuple[int, Any]], dialect: int
 ) -> None:
