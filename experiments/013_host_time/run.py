@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from jlora.benchmark.load import closed_loop
-from jlora.benchmark.shapes import write_shape
+from jlora.benchmark.shapes import SHAPES, write_shape
 from jlora.benchmark.targets import EngineTarget
 from jlora.benchmark.workload import Request
 from jlora.console import prepare_devices
@@ -81,13 +81,14 @@ def emulated(rows: int, device: Device) -> LLM:
 def real(rows: int, shape: str, tokenizer: Path | None) -> LLM:
     """Random weights of a named shape, with the demo model's vocabulary: every token has a text."""
     demo = tokenizer or demo_model_folder()
-    folder = write_shape(shape, tempfile.mkdtemp())
-    config = json.loads((folder / "config.json").read_text())
-    config["vocab_size"] = json.loads((demo / "config.json").read_text())["vocab_size"]
-    (folder / "config.json").write_text(json.dumps(config))
-    shutil.copy(demo / "tokenizer.json", folder)
     few = {"max_loras": 1, "lora_target_modules": ("q_proj",)}  # the base alone is asked
-    return LLM.load(options(rows, model=str(folder), load_format="dummy", **few))
+    with tempfile.TemporaryDirectory() as root:
+        folder = write_shape(shape, root)
+        config = json.loads((folder / "config.json").read_text())
+        config["vocab_size"] = json.loads((demo / "config.json").read_text())["vocab_size"]
+        (folder / "config.json").write_text(json.dumps(config))
+        shutil.copy(demo / "tokenizer.json", folder)
+        return LLM.load(options(rows, model=str(folder), load_format="dummy", **few))
 
 
 def options(rows: int, **more: Any) -> ServeOptions:
@@ -280,7 +281,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, nargs="+", choices=H200, default=list(H200))
     parser.add_argument("--queue", type=float, default=2.0, help="ms that queueing a step takes")
-    parser.add_argument("--shape", help="a named shape on the real device, as llama-3.1-8b")
+    parser.add_argument("--shape", choices=SHAPES, help="on the real device")
     parser.add_argument("--tokenizer", type=Path, help="folder of the demo model's, with --shape")
     parser.add_argument("--seconds", type=float, default=8.0)
     parser.add_argument("--rounds", type=int, default=3)

@@ -16,6 +16,7 @@ from kernels_pallas.act_mul import act_mul
 from kernels_pallas.gated_mlp import gated_mlp, hopper
 from kernels_pallas.gated_mlp.hopper_tuning import (
     Tuning,
+    for_pages,
     shared_bytes,
     single_page,
     tuning,
@@ -199,6 +200,16 @@ def test_tiles_of_real_models_fit_shared_memory(rows, lora, width, hidden):
     late, rest = divmod(hidden, 64 * made.rounds * made.split)
     assert rest == 0
     assert 0 < made.tail <= late
+
+
+@pytest.mark.parametrize("pages", [8, 32, 64, 128])
+def test_a_block_has_one_unit_of_either_shrink_when_half_of_the_room_is_taken(pages):
+    most = tuning(32, 4096, 14336, 132, lora=True)
+    made = for_pages(most, pages, 132)
+    for own, before in ((made.gate_up, most.gate_up), (made.down, most.down)):
+        groups = -(-pages // 2 // own.group)
+        assert groups * own.slices <= 132
+        assert own.slices == before.slices or groups * 2 * own.slices > 132, "fewer than that needs"
 
 
 def test_an_ordinary_machine_takes_the_three_steps_instead():
